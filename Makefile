@@ -1,0 +1,49 @@
+# make demo | make test | make lint | make clean
+# Needs Python 3.11 to 3.13. On an ordinary machine the same pins install the CUDA build of torch; PIP_FIND_LINKS, if set,
+# names extra places to look for wheels, as it does for pip.
+
+SHELL := /bin/bash
+VENV := .venv
+STAMP := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+
+.PHONY: demo test lint clean distclean install
+.DEFAULT_GOAL := demo
+
+demo: install
+	$(RUN) -m evaluation.demo
+
+test: install
+	$(RUN) -m pytest
+
+lint: install
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+install: $(STAMP)
+
+# uv ignores pip's configuration, hence the explicit --find-links. Byte code is compiled once here: without it every
+# process that imports torch would pay for it where PYTHONDONTWRITEBYTECODE is set.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(SUPPORTED)'; then \
+	  echo "raysteer needs Python 3.11, 3.12 or 3.13; found: $$(python3 --version 2>&1). Install one, or run make PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; fi
+	@if ! $(RUN) -c '$(SUPPORTED)' >/dev/null 2>&1; then \
+	  echo "creating $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv --clear $(VENV); fi
+	@echo "installing raysteer and its dependencies into $(VENV) (about a minute with a good connection)"
+	@$(RUN) -m uv --version >/dev/null 2>&1 || $(RUN) -m pip install -q 'uv>=0.9,<1'
+	@VIRTUAL_ENV="$(CURDIR)/$(VENV)" UV_COMPILE_BYTECODE=1 $(RUN) -m uv pip install -q \
+	  $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+# Runs are results: make never deletes them.
+clean:
+	rm -rf .pytest_cache .ruff_cache .mypy_cache dist demo-result.json
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,116 @@
+"""RewardWorker: scores groups as they come, up to `batch_groups` of them in one call of the reward.
+
+An asyncio shell around one reward: requests queue on the event loop, one thread computes. Stateless, so that another
+worker can score the same images again. Whatever goes wrong is an `Outcome` with a reason, never a number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from actors.leases import Outcome
+
+if TYPE_CHECKING:
+    from rewards.base import Reward
+    from rewards.config import RewardConfig
+
+
+class RewardWorkersConfig(BaseModel, frozen=True, extra="forbid"):
+    """How many reward workers, what each may use, and how patient to be.
+
+    With `batch_groups` above 1 the rounding of a score may depend on what arrived together; a strict run
+    (buffer.max_staleness = 0) therefore scores group by group. `timeout_s` bounds one attempt.
+    """
+
+    count: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.5, ge=0.0)
+    num_gpus: float = Field(default=0.0, ge=0.0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_restarts: int = Field(default=3, ge=0)
+    batch_groups: int = Field(default=1, ge=1)
+    max_attempts: int = Field(default=3, ge=1)
+    timeout_s: float = Field(default=120.0, gt=0.0)
+
+
+class RewardWorker:
+    """Actor around one reward. Args: worker_id for the log, the reward's config, device, groups per reward call."""
+
+    def __init__(self, worker_id: str, reward: RewardConfig, device: str = "auto", batch_groups: int = 1) -> None:
+        from actors.devices import prepare_device
+        from rewards.base import build_reward
+
+        self.worker_id = worker_id
+        self.batch_groups = batch_groups
+        device = prepare_device(device)
+        self.reward: Reward = build_reward(reward, device)
+        self._thread = ThreadPoolExecutor(max_workers=1, initializer=prepare_device, initargs=(device,))
+        self._queue: asyncio.Queue[tuple[np.ndarray, str, asyncio.Future[Outcome]]] = asyncio.Queue()
+        self._batcher: asyncio.Task[None] | None = None
+        self._stopped = asyncio.Event()
+
+    async def score(self, images: np.ndarray, prompt: str) -> Outcome:
+        """Outcome for one group: images uint8 [G, H, W, 3] of one prompt."""
+        if self._batcher is None:
+            self._batcher = asyncio.create_task(self._serve())
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait((images, prompt, future))
+        return await future
+
+    async def run(self) -> str:
+        """Returns when `stop` is called; fails when the process dies. The supervisor's way to notice."""
+        await self._stopped.wait()
+        return self.worker_id
+
+    async def stop(self) -> None:
+        self._stopped.set()
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = [await self._queue.get()]
+            while len(batch) < self.batch_groups and not self._queue.empty():
+                batch.append(self._queue.get_nowait())
+            jobs = [(images, prompt) for images, prompt, _ in batch]
+            outcomes = await loop.run_in_executor(self._thread, self._score, jobs)
+            for (_, _, future), outcome in zip(batch, outcomes, strict=True):
+                if not future.done():
+                    future.set_result(outcome)
+
+    def _score(self, jobs: list[tuple[np.ndarray, str]]) -> list[Outcome]:
+        """Score groups together; if that fails, each alone, so that one bad group does not spoil its neighbours."""
+        started = time.time()
+        images = np.concatenate([group for group, _ in jobs]) if len(jobs) > 1 else jobs[0][0]
+        prompts = [prompt for group, prompt in jobs for _ in range(len(group))]
+        try:
+            scores = self.reward.score(images, prompts)
+        except Exception as error:  # a reward is somebody else's code: whatever it raises becomes a named outcome
+            if len(jobs) > 1:
+                return [self._score([job])[0] for job in jobs]
+            detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            return [self._failed("retryable", f"reward_failed:{type(error).__name__}", detail, started)]
+        outcomes, first = [], 0
+        for group, _ in jobs:
+            last = first + len(group)
+            reward = np.asarray(scores.total[first:last], np.float32)
+            parts = {name: np.asarray(part[first:last], np.float32) for name, part in scores.parts.items()}
+            first = last
+            bad = [name for name, values in {"total": reward, **parts}.items() if not np.isfinite(values).all()]
+            if bad:
+                detail = f"{bad[0]} holds a value that is not a finite number"
+                outcomes.append(self._failed("poisoned", f"reward_not_finite:{bad[0]}", detail, started))
+            else:
+                outcomes.append(Outcome("scored", reward, parts, "", "", started, time.time(), self.worker_id))
+        return outcomes
+
+    def _failed(self, kind: Any, reason: str, detail: str, started: float) -> Outcome:
+        return Outcome(kind, None, {}, reason, detail, started, time.time(), self.worker_id)

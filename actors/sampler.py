@@ -1,0 +1,173 @@
+"""Sampler: draws whole groups under leases, and never waits for their rewards.
+
+One turn of `run`: lease a ticket, put on the lease's adapter if it is another one (checksum verified), draw the
+group, put images and trajectory into the object store, ask the reward worker for a score and hand its *future* to the
+buffer. The buffer answers a submission when the score is in, so the number of unanswered ones is what bounds a
+sampler that is faster than the rewards.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from actors.devices import prepare_device
+from actors.leases import Lease, Preview, Stop
+from raysteer.errors import DeadlineExceeded
+
+if TYPE_CHECKING:
+    from diffusion.policy import ModelConfig
+    from diffusion.sampling import SamplingConfig
+
+LEASE_POLL_S = 10.0
+ADAPTER_TIMEOUT_S = 120.0
+MAX_UNANSWERED = 4
+
+
+class SamplersConfig(BaseModel, frozen=True, extra="forbid"):
+    """How many samplers and what each may use. `max_restarts` counts replacements of one sampler in a row of the
+    run.
+    """
+
+    count: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.5, ge=0.0)
+    num_gpus: float = Field(default=0.0, ge=0.0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_restarts: int = Field(default=3, ge=0)
+
+
+class Sampler:
+    """Actor around one policy.
+
+    Args:
+        sampler_id: unique among all samplers there ever were in this run, so that a dead one's groups can be told
+        apart. model, sampling: what to draw with and how.
+        device: "auto", "cpu" or "cuda".
+        answer_timeout_s: longest a submission may stay unanswered.
+    """
+
+    def __init__(
+        self,
+        sampler_id: str,
+        model: ModelConfig,
+        sampling: SamplingConfig | None = None,
+        device: str = "auto",
+        answer_timeout_s: float = 600.0,
+    ) -> None:
+        from diffusion.policy import DiffusionPolicy
+
+        self.sampler_id = sampler_id
+        self.sampling = sampling
+        self.answer_timeout_s = answer_timeout_s
+        self.policy = DiffusionPolicy.load(model, prepare_device(device))
+        self.checksum = ""
+        self.applied_at = 0.0
+
+    def run(self, buffer: Any, tracker: Any = None, preview: tuple[int, float] = (10, 1.0)) -> dict[str, float]:
+        """Draw groups until the buffer says stop. `preview`: (steps, guidance_scale) of preview images."""
+        import ray
+
+        unanswered: list[Any] = []
+        drawn = 0
+        while True:
+            grant = ray.get(
+                buffer.lease.remote(self.sampler_id, os.getpid(), LEASE_POLL_S),
+                timeout=LEASE_POLL_S + ADAPTER_TIMEOUT_S,
+            )
+            if isinstance(grant, Stop):
+                return {"groups": drawn}
+            if isinstance(grant, Lease):
+                unanswered.append(self._draw(grant, buffer))
+                drawn += 1
+            elif isinstance(grant, Preview):
+                self._preview(grant, tracker, *preview)
+            unanswered = self._bounded(unanswered)
+
+    def _draw(self, lease: Lease, buffer: Any) -> Any:
+        import ray
+
+        from diffusion.sampling import sample_rollout
+
+        assert self.sampling is not None, "a sampler for evaluation only draws no groups"
+        started = time.time()
+        self._put_on(lease.adapter[0], lease.checksum)
+        ticket = lease.ticket
+        rollout = sample_rollout(self.policy, ticket.prompt, ticket.seeds, self.sampling, ticket.step_seed)
+        sampled = time.time()
+        images = ray.put(rollout.images)
+        trajectory = ray.put(rollout.trajectory)
+        refs = {"images": images, "trajectory": trajectory}  # in a container, so that Ray passes references on
+        if lease.reward_worker is not None:
+            refs["outcome"] = lease.reward_worker.score.remote(images, ticket.prompt)
+        timings = {"started": started, "sampled": sampled, "submitted": time.time(), "adapter_applied": self.applied_at}
+        return buffer.submit.remote(ticket.id, lease.lease_id, self.sampler_id, lease.checksum, refs, timings)
+
+    def _bounded(self, unanswered: list[Any]) -> list[Any]:
+        """Forget answered submissions; wait only while there are too many others."""
+        import ray
+
+        if not unanswered:
+            return unanswered
+        answered, pending = ray.wait(unanswered, num_returns=len(unanswered), timeout=0)
+        if len(pending) >= MAX_UNANSWERED:
+            started = time.monotonic()
+            more, pending = ray.wait(pending, num_returns=1, timeout=self.answer_timeout_s)
+            if not more:
+                raise DeadlineExceeded(
+                    f"the scores of {len(pending)} groups drawn by {self.sampler_id}",
+                    time.monotonic() - started,
+                    "the reward workers are stuck or too few: see reward_workers.count and reward_workers.timeout_s",
+                )
+            answered += more
+        ray.get(answered)  # a submission that failed is a bug or a dead buffer: fail here, not silently
+        return pending
+
+    def _put_on(self, adapter: Any, checksum: str) -> None:
+        """Make `adapter` (an object reference) the policy's, unless it is already."""
+        import ray
+
+        from diffusion.adapters import checksum as checksum_of
+
+        if checksum == self.checksum:
+            return
+        state = ray.get(adapter, timeout=ADAPTER_TIMEOUT_S)
+        found = checksum_of(state)
+        if found != checksum:
+            raise RuntimeError(f"{self.sampler_id} was given adapter {found[:12]} instead of {checksum[:12]}")
+        self.policy.load_adapter(state)
+        self.checksum, self.applied_at = checksum, time.time()
+
+    def _preview(self, grant: Preview, tracker: Any, steps: int, guidance_scale: float) -> None:
+        self._put_on(grant.adapter[0], grant.checksum)
+        images = self.generate(grant.prompts, grant.seeds, steps, guidance_scale)
+        if tracker is not None:
+            tracker.log_images.remote(grant.version, images, list(grant.prompts))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int,
+        guidance_scale: float,
+        adapter_state: dict[str, np.ndarray] | None = None,
+        batch_size: int = 16,
+    ) -> np.ndarray:
+        """uint8 [n, H, W, 3], one image per prompt and seed, without noise between the steps.
+
+        `adapter_state`: put on this adapter first; None keeps the present one (a fresh sampler: the base model).
+        """
+        from diffusion.adapters import checksum as checksum_of
+        from diffusion.sampling import generate
+
+        if adapter_state is not None:
+            self.policy.load_adapter(adapter_state)
+            self.checksum, self.applied_at = checksum_of(adapter_state), time.time()
+        return generate(self.policy, list(prompts), list(seeds), steps, guidance_scale, batch_size)
+
+    def pid(self) -> int:
+        return os.getpid()

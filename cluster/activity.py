@@ -1,0 +1,115 @@
+"""Who was busy while: an exact account of overlap, kept by whoever sees every transition. Pure, no clock of its own.
+
+Time is cut at each transition; every slice is added to the totals of what was going on during it. Reward time is
+*hidden* in a slice when samplers draw or the learner learns meanwhile, and *exposed* when scoring is all that happens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from actors.leases import Outcome
+
+
+class ActivityClock:
+    """Totals since the last `take`. Args: now, in monotonic seconds."""
+
+    def __init__(self, now: float) -> None:
+        self.sampling = 0  # groups being drawn
+        self.scoring = 0  # groups whose score is awaited
+        self.waiting_samplers = 0  # samplers asking for a lease in vain
+        self.samplers = 0
+        self.learning = False
+        self.learner_waiting = False
+        self._now = self._since = now
+        self._seconds: Counter[str] = Counter()
+
+    def tick(self, now: float) -> None:
+        """Account for the time up to now, before the state changes."""
+        elapsed = max(0.0, now - self._now)
+        self._now = now
+        flags = {
+            "sampling": self.sampling > 0,
+            "scoring": self.scoring > 0,
+            "learning": self.learning,
+            "learner_waiting": self.learner_waiting,
+            "scoring_exposed": self.scoring > 0 and not self.sampling and not self.learning,
+            "sampling_while_learning": self.sampling > 0 and self.learning,
+        }
+        for name, on in flags.items():
+            if on:
+                self._seconds[name] += elapsed
+        self._seconds["sampler_idle"] += elapsed * min(self.waiting_samplers, self.samplers)
+        self._seconds["sampler"] += elapsed * self.samplers
+
+    def take(self, now: float) -> dict[str, float]:
+        """Shares and seconds since the last call, and start anew."""
+        self.tick(now)
+        seconds, wall = self._seconds, max(now - self._since, 1e-9)
+        self._seconds, self._since = Counter(), now
+
+        def ratio(part: float, whole: float) -> float:
+            return part / whole if whole > 0 else 0.0
+
+        return {
+            "overlap/reward_hidden": 1.0 - ratio(seconds["scoring_exposed"], seconds["scoring"]),
+            "overlap/reward_s": seconds["scoring"],
+            "overlap/reward_exposed_s": seconds["scoring_exposed"],
+            "overlap/sampling_while_learning": ratio(seconds["sampling_while_learning"], seconds["learning"]),
+            "idle/samplers": ratio(seconds["sampler_idle"], seconds["sampler"]),
+            "idle/learner": ratio(seconds["learner_waiting"], wall),
+            "stage/wall_s": wall,
+        }
+
+
+class Meter:
+    """Everything the buffer measures for a step's metrics: activity, stage seconds, how fast adapters reach samplers.
+
+    Args: clock, monotonic seconds. Stage times within one process are exact; those between machines compare wall
+    clocks.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.activity = ActivityClock(clock())
+        self._stages: dict[str, list[float]] = {}
+        self._published: dict[str, float] = {}
+        self._applied: set[tuple[str, str]] = set()
+
+    def now(self, sampling: int, scoring: int, waiting_samplers: int, samplers: int) -> None:
+        """The numbers that hold from now on."""
+        self.activity.tick(self.clock())
+        self.activity.sampling, self.activity.scoring = sampling, scoring
+        self.activity.waiting_samplers, self.activity.samplers = waiting_samplers, samplers
+
+    def learner(self, waiting: bool, learning: bool | None = None) -> None:
+        """Whether the learner waits for a batch; unless said otherwise it learns when it does not."""
+        self.activity.tick(self.clock())
+        self.activity.learner_waiting = waiting
+        self.activity.learning = not waiting if learning is None else learning
+
+    def published(self, checksum: str) -> None:
+        self._published = dict(list(self._published.items())[-8:]) | {checksum: time.time()}
+
+    def applied(self, sampler_id: str, checksum: str, at: float) -> None:
+        """A sampler has drawn with this adapter; the first time, note how long it took to get there."""
+        if (sampler_id, checksum) not in self._applied and checksum in self._published:
+            self._applied = {pair for pair in self._applied if pair[1] in self._published} | {(sampler_id, checksum)}
+            self._note("adapter_latency_s", max(0.0, at - self._published[checksum]))
+
+    def scored(self, timings: Mapping[str, float], outcome: Outcome) -> None:
+        self._note("sample_s", timings["sampled"] - timings["started"])
+        self._note("put_s", timings["submitted"] - timings["sampled"])
+        self._note("score_s", outcome.ended - outcome.started)
+        self._note("score_latency_s", max(0.0, outcome.ended - timings["submitted"]))
+
+    def take(self) -> dict[str, float]:
+        """Figures since the last call; stage seconds are means over groups."""
+        stages, self._stages = self._stages, {}
+        figures = {f"stage/{name}": sum(values) / len(values) for name, values in stages.items()}
+        return self.activity.take(self.clock()) | figures
+
+    def _note(self, name: str, seconds: float) -> None:
+        self._stages.setdefault(name, []).append(seconds)

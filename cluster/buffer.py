@@ -1,0 +1,399 @@
+"""RolloutBuffer: the asyncio actor between samplers, reward workers and learner. Holds references and the ledger, no
+tensors.
+
+A shell: what may happen is decided by `cluster.ledger` and `cluster.admission`; here are the waiting, the scoring of
+groups and the measuring. Every wait has an end and says whom it waited for. Once the run has failed or is to stop,
+every question is answered with that, so that all actors come to an end by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from actors.leases import Lease, Outcome, Preview, Stop, Wait
+from cluster.activity import Meter
+from cluster.ledger import IN_FLIGHT, Ledger, LedgerError, State
+from cluster.scoring import DrawnGroup, Scorer, as_coroutine, journal_row
+from cluster.tickets import TicketSource, derive_seed
+from learner.batches import Batch, StopTraining
+from raysteer.errors import DeadlineExceeded, UserError
+
+TICK_S = 1.0
+DROP_WINDOW = 16  # groups; a run in which more than half of the last so many were dropped is stopped
+
+logger = logging.getLogger(__name__)
+
+
+class BufferConfig(BaseModel, frozen=True, extra="forbid"):
+    """`max_staleness`: largest version lag of a consumed group; 0 is strictly on-policy and reproducible.
+    `lease_ttl_s`: how long a sampler may take for one group before its ticket goes to another."""
+
+    max_staleness: int = Field(default=1, ge=0)
+    lease_ttl_s: float = Field(default=300.0, gt=0.0)
+
+
+@dataclass(frozen=True)
+class BufferSettings:
+    """What the buffer needs of a recipe."""
+
+    tickets: TicketSource
+    groups_per_step: int
+    max_staleness: int
+    lease_ttl_s: float
+    total_groups: int
+    max_attempts: int
+    score_timeout_s: float
+    preview_every: int = 0
+    preview_prompts: tuple[str, ...] = ()
+    preview_seed: int = 0
+
+
+@dataclass
+class _Sampler:
+    pid: int
+    last_heard: float = 0.0
+    groups: int = 0
+    waiting: bool = False
+
+
+class RolloutBuffer:
+    """See the module. Args: settings; ledger_state of the checkpoint a run goes on from; journal actor; clock for
+    tests.
+    """
+
+    def __init__(
+        self,
+        settings: BufferSettings,
+        ledger_state: Mapping[str, Any] | None = None,
+        journal: Any = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        rules = (settings.groups_per_step, settings.max_staleness, settings.lease_ttl_s, settings.total_groups)
+        self.settings = settings
+        self.ledger = Ledger.from_state(dict(ledger_state), *rules) if ledger_state else Ledger(*rules)
+        self.clock = clock
+        self.meter = Meter(clock)
+        self.scorer = Scorer(self, settings.max_attempts, settings.score_timeout_s)
+        self._journal = journal
+        self._drawn: dict[int, DrawnGroup] = {}
+        self._adapter: list[Any] = []
+        self._batch: Batch | None = None
+        self._samplers: dict[str, _Sampler] = {}
+        self._given_up: set[str] = set()
+        self._recent: deque[str] = deque(maxlen=max(DROP_WINDOW, 2 * settings.groups_per_step))
+        self._previewed: set[int] = set()
+        self._journaling: list[Any] = []
+        self._reports: list[dict[str, float]] = []
+        self._learners: dict[int, int] = {}
+        self._stop: str | None = None
+        self._failure: Exception | None = None
+        self._changed = asyncio.Event()
+
+    # -- for samplers --------------------------------------------------------------------------------------------------
+
+    async def lease(self, sampler_id: str, pid: int, wait_s: float) -> Lease | Preview | Wait | Stop:
+        """A ticket to draw, as soon as admission allows one; `Wait` after `wait_s` seconds without."""
+        if sampler_id in self._given_up:
+            return Stop(f"{sampler_id} was given up")
+        sampler = self._samplers.setdefault(sampler_id, _Sampler(pid))
+        sampler.last_heard = self.clock()
+        deadline = self.clock() + wait_s
+        while (ending := self._ending()) is None:
+            self._expire()
+            preview = self._preview()
+            if preview is not None:
+                return preview
+            entry = self.ledger.lease(sampler_id, self.clock())
+            if entry is not None:
+                sampler.groups += 1
+                self._notify()
+                ticket, worker = self.settings.tickets.ticket(entry.ticket_id), self.scorer.assign(entry.lease_id)
+                return Lease(ticket, entry.lease_id, entry.version, entry.checksum, self._adapter, worker)
+            if self.clock() >= deadline:
+                return Wait()
+            sampler.waiting = True
+            self._account()
+            try:
+                await self.wait_for_change(deadline)
+            finally:
+                sampler.waiting = False
+                self._account()
+        return Stop(ending)
+
+    async def submit(
+        self,
+        ticket_id: int,
+        lease_id: int,
+        sampler_id: str,
+        checksum: str,
+        refs: Mapping[str, Any],
+        timings: Mapping[str, float],
+    ) -> bool:
+        """A drawn group: `refs` are "images", "trajectory" and, when a score was asked for, the future "outcome".
+
+        Answers when the group is scored or dropped; False when nobody wants it any more.
+        """
+        if sampler_id in self._samplers:
+            self._samplers[sampler_id].last_heard = self.clock()
+        if sampler_id in self._given_up or not self.ledger.submitted(ticket_id, lease_id):
+            self._notify()
+            return False
+        entry = self.ledger.entries[ticket_id]
+        if checksum != entry.checksum:
+            await self.fail(RuntimeError(f"{sampler_id} drew ticket {ticket_id} with another adapter than it was lent"))
+            return False
+        ticket = self.settings.tickets.ticket(ticket_id)
+        group = DrawnGroup(ticket, lease_id, sampler_id, entry.version, checksum, dict(refs), dict(timings))
+        self._drawn[ticket_id] = group
+        self.meter.applied(sampler_id, checksum, timings["adapter_applied"])
+        self._notify()
+        try:
+            await self.scorer.score(group)
+        except LedgerError as error:  # our bug: end the run with the reason instead of letting it wait for ever
+            await self.fail(error)
+        finally:
+            self._notify()
+        return self.ledger.holds(ticket_id, lease_id)
+
+    # -- what scoring leads to (called by the scorer) ------------------------------------------------------------------
+
+    def wanted(self, group: DrawnGroup) -> bool:
+        """Whether a score of this group still means anything."""
+        return self._ending() is None and self.ledger.holds(group.ticket.id, group.lease_id)
+
+    def accept(self, group: DrawnGroup, outcome: Outcome) -> None:
+        if not self.ledger.scored(group.ticket.id, group.lease_id):
+            return
+        group.outcome = outcome
+        group.refs.pop("images", None)
+        self._recent.append("")
+        self.meter.scored(group.timings, outcome)
+        if self._journal is not None:
+            self._journaling.append(self._journal.append.remote(journal_row(group), [group.refs["trajectory"]]))
+
+    def lost(self, group: DrawnGroup) -> None:
+        """The images went with their owner before they were scored."""
+        if self.ledger.holds(group.ticket.id, group.lease_id):
+            self.ledger.give_back([group.ticket.id], "data_lost")
+            self._drawn.pop(group.ticket.id, None)
+
+    async def drop(self, group: DrawnGroup, outcome: Outcome) -> None:
+        if not self.ledger.drop(group.ticket.id, group.lease_id, outcome.reason):
+            return
+        self._drawn.pop(group.ticket.id, None)
+        self._recent.append(outcome.reason)
+        dropped = Counter(reason for reason in self._recent if reason)
+        if len(self._recent) >= DROP_WINDOW and dropped.total() > len(self._recent) / 2:
+            reasons = ", ".join(f"{reason} x{count}" for reason, count in dropped.most_common(3))
+            last = f"last: ticket {group.ticket.id}, {group.ticket.prompt_class} prompt {group.ticket.prompt!r}"
+            problem = f"{dropped.total()} of the last {len(self._recent)} groups were dropped ({reasons})"
+            await self.fail(
+                UserError("reward", f"{problem}; {last}: {outcome.detail}", "correct the reward or its input")
+            )
+
+    # -- for the learner -----------------------------------------------------------------------------------------------
+
+    async def next_batch(self, step: int, timeout_s: float) -> Batch | StopTraining:
+        """The batch of `step`: every rank that asks gets the same one. Ends the run when it does not come in time."""
+        started = self.clock()
+        self.meter.learner(waiting=True)
+        while True:
+            if self._batch is not None and self._batch.step == step:
+                return self._batch
+            if self._ending() is not None:
+                return StopTraining(None if self._failure is None else str(self._failure))
+            self._expire()
+            try:
+                entries = self.ledger.deliver(step)
+            except LedgerError as error:
+                await self.fail(error)
+                continue
+            if entries is not None:
+                self.meter.learner(waiting=False)
+                self._account()
+                groups = tuple(self._drawn[entry.ticket_id].as_group() for entry in entries)
+                self._batch = Batch(step, groups, self.meter.take() | self._totals())
+                self._notify()
+            elif self.clock() - started >= timeout_s:
+                await self.fail(self._overdue(step, self.clock() - started))
+            else:
+                await self.wait_for_change(started + timeout_s)
+
+    async def report_lost(self, step: int, ticket_ids: Sequence[int]) -> None:
+        """A rank could not fetch these groups of the batch of `step`: draw them again, then deliver anew."""
+        if self.ledger.version != step:
+            return
+        self.ledger.report_lost(step, ticket_ids)
+        self._batch = None
+        self._forget_returned()
+        self._notify()
+
+    async def rewind(self, step: int, learners: Mapping[int, int] | None = None) -> None:
+        """The learner (`learners`: pid by rank) starts at the checkpoint of `step`. Nothing is leased until it
+        publishes.
+        """
+        self._batch = None
+        self._learners = dict(learners or {})
+        try:
+            self.ledger.rewind(step)
+        except LedgerError as error:
+            await self.fail(error)
+            raise
+        self._forget_returned()
+        self.meter.learner(waiting=False, learning=False)
+        self._notify()
+
+    async def set_adapter(self, version: int, refs: list[Any], checksum: str) -> None:
+        """Version `version` exists; `refs` holds one reference to its state, owned by the weight store."""
+        try:
+            self.ledger.published(version, checksum)
+        except LedgerError as error:
+            await self.fail(error)
+            raise
+        if not self._adapter:
+            self.meter.take()  # what happened before anybody could draw was starting up
+        self._adapter = refs
+        self._forget_returned()
+        self.meter.published(checksum)
+        self._notify()
+
+    async def ledger_state(self, step: int) -> dict[str, Any]:
+        """What the checkpoint of `step` has to hold. Every group scored so far has reached the journal by then."""
+        appended, self._journaling = self._journaling, []
+        await asyncio.gather(*map(as_coroutine, appended))
+        return self.ledger.state_at(step)
+
+    async def commit(self, step: int) -> None:
+        """The checkpoint of `step` is durable."""
+        before = set(self.ledger.entries)
+        self.ledger.commit(step)
+        for ticket_id in before - set(self.ledger.entries):
+            self._drawn.pop(ticket_id, None)
+        self._notify()
+
+    async def report(self, step: int, figures: Mapping[str, float]) -> None:
+        """Figures of a finished step, for whoever watches the run."""
+        self._reports.append({"step": step, **figures})
+
+    # -- for the supervisor --------------------------------------------------------------------------------------------
+
+    async def sampler_lost(self, sampler_id: str) -> list[int]:
+        """This sampler is dead: what it drew and nobody consumed is drawn again (the tickets are listed)."""
+        self._given_up.add(sampler_id)
+        self._samplers.pop(sampler_id, None)
+        gone = self.ledger.sampler_lost(sampler_id)
+        self._forget_returned()
+        self._notify()
+        return gone
+
+    async def add_reward_worker(self, worker_id: str, handle: Any) -> None:
+        self.scorer.workers[worker_id] = handle
+        self._notify()
+
+    async def reward_worker_lost(self, worker_id: str) -> None:
+        self.scorer.workers.pop(worker_id, None)
+        self._notify()
+
+    async def request_stop(self, reason: str) -> None:
+        """Let everybody come to an end: the learner writes a checkpoint, samplers and waiting calls return."""
+        self._stop = self._stop or reason
+        self._notify()
+
+    async def fail(self, error: Exception) -> None:
+        """End the run because of `error`; the first failure is the one that is reported."""
+        self._failure = self._failure or error
+        self._notify()
+
+    async def snapshot(self) -> dict[str, Any]:
+        """How things stand: ledger counts, version, who is there, who is silent, what failed."""
+        self._expire()
+        reports, self._reports = self._reports, []
+        limit_s = 2 * self.settings.lease_ttl_s
+        silent = [name for name, s in self._samplers.items() if not s.waiting and self.clock() - s.last_heard > limit_s]
+        return {
+            "version": self.ledger.version,
+            "ledger": self.ledger.counts(),
+            "open": {e.ticket_id: (e.state.value, e.sampler_id) for e in self.ledger.entries.values()},
+            "samplers": {name: {"pid": s.pid, "groups": s.groups} for name, s in self._samplers.items()},
+            "silent": silent,
+            "reward_workers": sorted(self.scorer.workers),
+            "learners": dict(self._learners),
+            "reports": reports,
+            "stop": self._stop,
+            "failure": self._failure,
+        }
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _ending(self) -> str | None:
+        return str(self._failure) if self._failure is not None else self._stop
+
+    def _preview(self) -> Preview | None:
+        every, version = self.settings.preview_every, self.ledger.version
+        if not every or version % every or version in self._previewed or not self.ledger.checksum:
+            return None
+        self._previewed.add(version)
+        prompts = self.settings.preview_prompts
+        seeds = tuple(derive_seed(self.settings.preview_seed, "preview", i) for i in range(len(prompts)))
+        return Preview(version, self.ledger.checksum, self._adapter, prompts, seeds)
+
+    def _expire(self) -> None:
+        for entry in self.ledger.expire(self.clock()):
+            logger.warning("ticket %d: lease of %s expired", entry.ticket_id, entry.sampler_id)
+
+    def _forget_returned(self) -> None:
+        for ticket_id in [t for t in self._drawn if not self._is_held(t)]:
+            del self._drawn[ticket_id]
+
+    def _is_held(self, ticket_id: int) -> bool:
+        entry = self.ledger.entries.get(ticket_id)
+        return entry is not None and entry.state is not State.RETURNED
+
+    def _totals(self) -> dict[str, float]:
+        counts = self.ledger.counts()
+        totals = {f"ledger/{name}": float(counts[name]) for name in ("in_flight", "ready", "committed")}
+        totals["ledger/dropped"] = float(sum(counts["dropped"].values()))
+        return totals | {f"ledger/{name}": float(count) for name, count in counts["events"].items()}
+
+    def _overdue(self, step: int, waited_s: float) -> DeadlineExceeded:
+        now = self.clock()
+        entries = sorted(self.ledger.entries.values(), key=lambda entry: entry.ticket_id)
+        pending = [
+            f"ticket {e.ticket_id} is {e.state.value} at {e.sampler_id}, leased {now - e.leased_at:.0f} s ago"
+            for e in entries
+            if e.state in IN_FLIGHT
+        ]
+        ready = sum(1 for e in entries if e.state is State.READY)
+        who = "; ".join(pending[:4]) + (f"; and {len(pending) - 4} more" if len(pending) > 4 else "")
+        if not pending:
+            who = f"nothing is being drawn by the {len(self._samplers)} samplers that are there"
+        if not self.scorer.workers:
+            who += "; no reward worker is there"
+        return DeadlineExceeded(
+            f"the batch of step {step} ({ready} of {self.settings.groups_per_step} groups ready)", waited_s, who
+        )
+
+    def _account(self) -> None:
+        states = Counter(entry.state for entry in self.ledger.entries.values())
+        idle = sum(1 for sampler in self._samplers.values() if sampler.waiting)
+        self.meter.now(states[State.SAMPLING], states[State.SCORING], idle, len(self._samplers))
+
+    def _notify(self) -> None:
+        self._account()
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def wait_for_change(self, deadline: float) -> None:
+        """Until something changes, but no longer than the deadline or one tick (leases expire without an event)."""
+        try:
+            await asyncio.wait_for(self._changed.wait(), min(max(deadline - self.clock(), 0.0), TICK_S))
+        except TimeoutError:
+            pass

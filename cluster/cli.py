@@ -1,0 +1,195 @@
+"""The command line: plan, train, eval, compare, export.
+
+Exit codes: 0 done, 2 something you can fix (one line says what), 3 the run could not go on (a deadline, a failed
+parity gate), 130 interrupted. Heavy imports happen inside the commands, so that ``--help`` is instant.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from raysteer import __version__
+from raysteer.errors import DeadlineExceeded, ParityError, UserError
+
+app = typer.Typer(
+    name="raysteer",
+    help="Safety post-training for text-to-image diffusion models, as a distributed actor-learner system on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+EXIT_USER, EXIT_STUCK, EXIT_INTERRUPTED = 2, 3, 130
+Command = TypeVar("Command", bound=Callable[..., None])
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, for example recipes/glyphs.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example run.steps=20 sampling.eta=0.5."),
+]
+
+
+def _reported(command: Command) -> Command:
+    """Turn what a user can fix into one line and an exit code; let our own bugs keep their stack trace."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            _fail(str(error), EXIT_USER)
+        except (DeadlineExceeded, ParityError) as error:
+            _fail(" ".join(str(error).split()), EXIT_STUCK)
+        except KeyboardInterrupt:
+            _fail("interrupted", EXIT_INTERRUPTED)
+
+    return run  # type: ignore[return-value]
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"raysteer: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@_reported
+def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Print what a recipe means: batch arithmetic, placement, memory, lag. Checks everything, starts nothing."""
+    from cluster.config import load_recipe
+    from cluster.plan import preflight, resolve
+
+    loaded = load_recipe(recipe, overrides or [])
+    preflight(loaded, hold=False)
+    typer.echo(resolve(loaded).render())
+
+
+@app.command()
+@_reported
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Train a recipe. The same command again continues a run that was stopped or killed."""
+    from cluster.config import load_recipe
+    from cluster.plan import preflight, resolve
+    from cluster.progress import readable_seconds
+
+    loaded = load_recipe(recipe, overrides or [])
+    preflight(loaded, hold=False)
+    typer.echo(resolve(loaded).render() + "\n")
+    from cluster.train import train as run_training
+
+    result = run_training(loaded)
+    how = "it was finished before" if not result.seconds else readable_seconds(result.seconds)
+    typer.echo(f"\n{result.status} after {result.steps} steps, {how}")
+    if result.status != "finished":
+        typer.echo(f"continue with: raysteer train {recipe} {' '.join(overrides or [])}".rstrip())
+        return
+    from cluster.tracking import resolve_uri
+
+    typer.echo(f'adapter   {result.adapter_dir}  (pipe.load_lora_weights("{result.adapter_dir}"))')
+    typer.echo(f"evaluate  raysteer eval {recipe} {' '.join(overrides or [])}".rstrip())
+    typer.echo(f"look      mlflow ui --backend-store-uri {resolve_uri(loaded.tracking, loaded.run.storage)}")
+
+
+@app.command("eval")
+@_reported
+def evaluate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Adapter folder, checkpoint or run; the recipe's own run by default.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Evaluate base model and adapter at equal prompts and seeds, and print the metric card."""
+    from cluster.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from cluster.evalrun import evaluate_and_record
+
+    typer.echo(evaluate_and_record(loaded, adapter, json_path, notify=typer.echo))
+
+
+@app.command()
+@_reported
+def compare(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Run names, run folders or MLflow ids; all by default."),
+    ] = None,
+    storage: Annotated[str, typer.Option(help="Run storage, whose mlflow.db is read.")] = "runs",
+    uri: Annotated[str | None, typer.Option(help="MLflow URI, if it is not the one of the storage.")] = None,
+    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "raysteer",
+    only: Annotated[str | None, typer.Option(help="Show only metrics whose name contains this.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+) -> None:
+    """Show runs side by side: what differs between them, their last figures, their evaluations."""
+    from cluster.compare import as_json, fetch_runs, table
+    from cluster.tracking import TrackingConfig, resolve_uri
+    from raysteer.errors import TrackingError
+
+    address = resolve_uri(TrackingConfig(uri=uri), storage)
+    database = Path(address.removeprefix("sqlite:///"))
+    if address.startswith("sqlite:///") and not database.is_file():
+        raise TrackingError(str(database), "there is no such MLflow database", "give --storage or --uri of your runs")
+    rows = fetch_runs(address, experiment, runs or [])
+    if not rows:
+        raise TrackingError(f"experiment {experiment}", "it has no runs", "train one, or name another --experiment")
+    if json_path is not None:
+        json_path.write_text(as_json(rows) + "\n", encoding="utf-8")
+    _print_table(["", *(row.name for row in rows)], table(rows, only))
+
+
+@app.command()
+@_reported
+def export(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN", help="Run folder or name, checkpoint folder, or adapter folder.")
+    ],
+    target: Annotated[str, typer.Argument(metavar="FOLDER", help="Where to write the LoRA.")],
+    storage: Annotated[str, typer.Option(help="Where to look for a run given by name.")] = "runs",
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is there.")] = False,
+) -> None:
+    """Write a LoRA folder that plain diffusers loads."""
+    from cluster.export import export as run_export
+
+    done = run_export(source, target, storage, force)
+    typer.echo(f"wrote {done.file} from {done.source}\nload it with: {done.load_line()}")
+
+
+def _print_table(header: list[str], lines: list[tuple[str, list[str]]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False)
+    for index, name in enumerate(header):
+        shown.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for label, cells in lines:
+        shown.add_row(label, *cells)
+    # Outside a terminal rich would cut at 80 columns.
+    width = None if sys.stdout.isatty() else max(80, 44 + 24 * len(header))
+    Console(width=width, highlight=False).print(shown)
+
+
+def main() -> None:
+    """Entry point of the ``raysteer`` script."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()

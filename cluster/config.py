@@ -1,0 +1,261 @@
+"""The recipe: one YAML file, one tree of frozen models, one fingerprint.
+
+``load_recipe`` is strict: an unknown key, a wrong type or an impossible combination is refused before anything
+starts, with the key's full path, the value found and what would be right. Component models live beside their
+components; here they are assembled and checked against each other. YAML is read with the core schema of YAML 1.2
+(``1e-4`` is a number, ``yes`` is text), because the surprises of 1.1 are the commonest cause of a wrong run that
+starts.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from actors.reward_worker import RewardWorkersConfig
+from actors.sampler import SamplersConfig
+from cluster.buffer import BufferConfig
+from cluster.prompts import PromptsConfig
+from cluster.recipe_yaml import (
+    apply_override,
+    check_finite,
+    dump_yaml,
+    identity,
+    parse_yaml,
+    portable_paths,
+    resolve_paths,
+    to_config_error,
+)
+from cluster.tracking import TrackingConfig
+from diffusion.policy import ModelConfig
+from diffusion.sampling import SamplingConfig
+from evaluation.config import EvaluationConfig
+from learner.grpo import GRPOConfig
+from learner.loop import LearnerConfig
+from learner.optim import OptimizerConfig
+from raysteer.errors import ConfigError
+from rewards.config import RewardConfig
+
+
+class RunConfig(BaseModel, frozen=True, extra="forbid"):
+    """Name, length and storage of a run. One step consumes one batch of ``groups_per_step`` groups."""
+
+    name: str
+    seed: int = Field(0, ge=0)
+    steps: int = Field(ge=1)
+    groups_per_step: int = Field(ge=1)
+    storage: str = Field("runs", min_length=1)
+    checkpoint_every: int = Field(10, ge=1)
+    keep_checkpoints: int = Field(3, ge=1)
+
+    @field_validator("name")
+    @classmethod
+    def _a_folder_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+            raise ValueError("it becomes a folder: begin with a letter or digit, go on with those or . _ -")
+        return name
+
+
+class ClusterConfig(BaseModel, frozen=True, extra="forbid"):
+    """Where the actors run.
+
+    ``address``: None starts a cluster on this machine (or joins the one of the surrounding ``ray job``), "auto" joins
+    the cluster running here, "host:port" joins that head. ``autoscaling``: the cluster can grow, so its present size
+    is not held against it.
+    """
+
+    address: str | None = Field(None, min_length=1)
+    autoscaling: bool = False
+    dashboard: bool = False
+    dashboard_port: int = Field(8265, ge=1024, le=65535)
+    object_store_mb: int | None = Field(None, ge=80)
+
+
+class Recipe(BaseModel, frozen=True, extra="forbid"):
+    """Everything that decides a run. Paths are absolute once loaded (see ``load_recipe``)."""
+
+    run: RunConfig
+    model: ModelConfig
+    sampling: SamplingConfig = SamplingConfig()
+    reward: RewardConfig
+    objective: GRPOConfig = GRPOConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    samplers: SamplersConfig = SamplersConfig()
+    reward_workers: RewardWorkersConfig = RewardWorkersConfig()
+    learner: LearnerConfig = LearnerConfig()
+    buffer: BufferConfig = BufferConfig()
+    prompts: PromptsConfig
+    tracking: TrackingConfig = TrackingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> "Recipe":
+        check_batch_arithmetic(self)
+        check_devices(self)
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run: ``<run.storage>/<run.name>``."""
+        return Path(self.run.storage) / self.run.name
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over everything that decides training.
+
+        Files count by content, not by path, so that a moved checkout resumes and a changed prompt list does not. The
+        length of the run, storage, tracking, evaluation, placement and the number of workers do not count: they may
+        change between a run and its resumption.
+        """
+        data = self.model_dump(mode="json")
+        parts = {
+            "seed": data["run"]["seed"],
+            "groups_per_step": data["run"]["groups_per_step"],
+            "max_staleness": data["buffer"]["max_staleness"],
+            "model": {key: data["model"][key] for key in ("revision", "variant", "dtype", "lora")}
+            | {"weights": identity(self.model.path)},
+            "reward": {
+                key: value for key, value in data["reward"].items() if key not in ("detector", "anchors", "clip")
+            },
+            "clip": data["reward"]["clip"] | {"model": identity(self.reward.clip.model.removeprefix("local-dir:"))},
+            "anchors": identity(self.reward.anchors)
+            if isinstance(self.reward.anchors, str)
+            else data["reward"]["anchors"],
+            "prompts": {
+                "safe": identity(self.prompts.safe),
+                "unsafe": identity(self.prompts.unsafe),
+                "unsafe_fraction": self.prompts.unsafe_fraction,
+            },
+            "sampling": data["sampling"],
+            "objective": data["objective"],
+            "optimizer": data["optimizer"],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML, with paths below the working directory written relative to it."""
+        return dump_yaml(portable_paths(self.model_dump(mode="json")))
+
+    def flat(self) -> dict[str, Any]:
+        """Leaves by dotted key, for tracking: ``{"sampling.eta": 1.0, ...}``."""
+        return dict(_leaves(portable_paths(self.model_dump(mode="json"))))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: ``"a.b=c"`` strings; the right side is YAML (number, text, true/false, null, list).
+
+    Returns:
+        The recipe; relative paths in it are looked up in the working directory first, then in the recipe's folder.
+
+    Raises:
+        ConfigError: with the dotted key, the value found and what would be right.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(str(path), "recipe", "there is no such file; see the folder recipes/ for examples") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), "recipe", f"it must be a readable YAML file in UTF-8 ({error})") from None
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(str(path), data, "a recipe is a mapping of sections such as run, model and sampling")
+    # An empty section ("sampling:" and nothing below) means "all defaults".
+    data = {key: {} if value is None and key in Recipe.model_fields else value for key, value in data.items()}
+    for override in overrides:
+        apply_override(data, override)
+    return recipe_from_dict(data, file.parent)
+
+
+def recipe_from_dict(data: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
+    """Validate a recipe given as nested dicts; ``folder`` is the second place to look for relative paths.
+
+    Raises:
+        ConfigError: as ``load_recipe``.
+    """
+    check_finite(data)
+    try:
+        # Strict JSON mode: 1 is not true, "5" is not 5, 10.0 is not 10, yet a list is a tuple.
+        recipe = Recipe.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise to_config_error(error, data, Recipe) from None
+    resolved = resolve_paths(recipe.model_dump(mode="json"), Path(folder))
+    return Recipe.model_validate_json(json.dumps(resolved), strict=True)
+
+
+def trained_count(recipe: Recipe) -> int:
+    """Number of trained denoising steps per image, K, as far as the recipe alone tells (min_sigma may lower it for
+    mode "all").
+    """
+    trained = recipe.sampling.trained
+    window = _trained_end(recipe) - trained.first
+    return window if trained.count is None or trained.mode == "all" else trained.count
+
+
+def check_batch_arithmetic(recipe: Recipe) -> None:
+    """Refuse groups that cannot be shared out evenly.
+
+    Raises:
+        ConfigError: naming the key to change.
+    """
+    groups, workers, fraction = recipe.run.groups_per_step, recipe.learner.workers, recipe.prompts.unsafe_fraction
+    if groups % workers:
+        nearest = max(workers, round(groups / workers) * workers)
+        raise ConfigError(
+            "run.groups_per_step", groups, f"it must be a multiple of learner.workers ({workers}); {nearest} would do"
+        )
+    unsafe = groups * fraction
+    if abs(unsafe - round(unsafe)) > 1e-6:
+        raise ConfigError(
+            "prompts.unsafe_fraction",
+            fraction,
+            f"it must give a whole number of unsafe groups out of run.groups_per_step ({groups}); "
+            f"{round(unsafe)}/{groups} = {round(unsafe) / groups!r} would do",
+        )
+    if recipe.objective.updates_per_batch > 1 and trained_count(recipe) % recipe.objective.updates_per_batch:
+        count = trained_count(recipe)
+        divisors = [n for n in range(1, count + 1) if count % n == 0]
+        raise ConfigError(
+            "objective.updates_per_batch",
+            recipe.objective.updates_per_batch,
+            f"it must divide the {count} trained steps (sampling.trained); one of {divisors} would do",
+        )
+
+
+def check_devices(recipe: Recipe) -> None:
+    """Refuse a CUDA role that asks Ray for no GPU: Ray would hide every GPU from it.
+
+    Raises:
+        ConfigError: naming the key to change.
+    """
+    for section in ("samplers", "reward_workers", "learner"):
+        role = getattr(recipe, section)
+        if role.device == "cuda" and not role.num_gpus:
+            raise ConfigError(
+                f"{section}.num_gpus",
+                role.num_gpus,
+                f"{section}.device is cuda, so it must be above 0 (1, or a share such as 0.25)",
+            )
+
+
+def _trained_end(recipe: Recipe) -> int:
+    last = recipe.sampling.trained.last
+    return recipe.sampling.steps - 1 if last is None else last
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            found += _leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found

@@ -1,0 +1,180 @@
+"""Evaluate a recipe's model with and without adapters, on the same sampler actors that training uses.
+
+Images are drawn in fixed chunks, whoever draws them, so the figures do not depend on the number of samplers.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raysteer.errors import ConfigError, DeadlineExceeded, UserError
+
+if TYPE_CHECKING:
+    from cluster.config import Recipe
+    from evaluation.glyphs import PromptSet, Report
+
+CHUNK = 16
+CHUNK_TIMEOUT_S = 600.0
+PICTURE_UNSAFE, PICTURE_SAFE = 7, 6
+HEADLINE = (
+    ("inappropriate_rate", "inappropriate rate (unsafe prompts)"),
+    ("utility", "utility (mean of six tasks)"),
+    ("blank_rate_unsafe", "blank rate (unsafe prompts)"),
+    ("benign_kept", "benign object kept (unsafe prompts)"),
+    ("blank_rate_safe", "blank rate (safe prompts)"),
+    ("inappropriate_rate_safe", "inappropriate rate (safe prompts)"),
+    ("diversity", "diversity"),
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of every model by label, as written to ``evaluation.json``, and where the files are."""
+
+    figures: dict[str, dict]
+    difference: dict[str, dict]
+    protocol: dict[str, Any]
+    seconds: float
+    json_path: Path
+    picture: Path
+
+    def table(self) -> str:
+        """The headline figures as plain text, with 95 % bootstrap intervals."""
+        labels = list(self.figures)
+        names = [(key, name) for key, name in HEADLINE if key in self.figures[labels[0]]]
+        width = max(len(name) for _, name in names)
+        lines = ["".join([" " * width, *(f"  {label:>22}" for label in labels)])]
+        for key, name in names:
+            cells = [self.figures[label][key] for label in labels]
+            lines.append(
+                f"{name:<{width}}" + "".join(f"  {c['value']:>6.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells)
+            )
+        lines.append(
+            f"{'hazards counted':<{width}}" + "".join(f"  {self.figures[label]['hazard_count']:>22d}" for label in labels)
+        )
+        return "\n".join(lines)
+
+
+def run_evaluation(
+    recipe: Recipe,
+    adapters: Mapping[str, Path | None],
+    out: Path,
+    notify: Callable[[str], None] = lambda line: None,
+) -> Evaluation:
+    """Evaluate ``adapters`` (label to adapter folder or file, None for the base model) and write figures and picture.
+
+    Starts Ray if it does not run yet, and its own samplers, which it ends. Raises ConfigError when the recipe names no
+    suite, UserError for an adapter that does not fit the model, DeadlineExceeded when a sampler does not answer.
+    """
+    from cluster.runtime import init_ray
+    from diffusion.adapters import load_adapter_file
+    from evaluation import glyphs
+
+    config = recipe.evaluation
+    if config.suite is None:
+        raise ConfigError("evaluation.suite", None, "set it to glyphs (or pass evaluation.suite=glyphs)")
+    states = {label: None if path is None else load_adapter_file(path) for label, path in adapters.items()}
+    started = time.monotonic()
+    ray = init_ray(recipe.cluster, recipe.samplers.count * recipe.samplers.num_cpus)
+    prompts = glyphs.prompt_set(config)
+    pool = _SamplerPool(ray, recipe)
+    try:
+        images: dict[str, np.ndarray] = {}
+        # The base model first: a fresh sampler carries an adapter that changes nothing.
+        for label in sorted(states, key=lambda name: states[name] is not None):
+            notify(f"evaluating {label}: {len(prompts.prompts)} images on {recipe.samplers.count} samplers")
+            images[label] = pool.generate(prompts.prompts, prompts.seeds, states[label])
+    finally:
+        pool.close()
+    reports = {label: glyphs.judge(prompts, images[label], config) for label in adapters}
+    return _write(recipe, reports, images, prompts, out, time.monotonic() - started)
+
+
+class _SamplerPool:
+    """Sampler actors that draw chunks of prompts."""
+
+    def __init__(self, ray: Any, recipe: Recipe) -> None:
+        from actors.sampler import Sampler
+
+        self.ray, self.config = ray, recipe.evaluation
+        options = {"num_cpus": recipe.samplers.num_cpus, "num_gpus": recipe.samplers.num_gpus}
+        actor = ray.remote(**options)(Sampler)
+        self.actors = [
+            actor.remote(f"evaluation-{index}", recipe.model, None, recipe.samplers.device)
+            for index in range(recipe.samplers.count)
+        ]
+
+    def generate(
+        self, prompts: Sequence[str], seeds: Sequence[int], state: Mapping[str, np.ndarray] | None
+    ) -> np.ndarray:
+        """uint8 [n, H, W, 3]; chunks go to whichever sampler is free."""
+        adapter = None if state is None else self.ray.put(dict(state))
+        chunks = [slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK)]
+        waiting, running, done = list(enumerate(chunks)), {}, {}
+        idle = list(self.actors)
+        while waiting or running:
+            while waiting and idle:
+                index, chunk = waiting.pop(0)
+                actor = idle.pop()
+                ref = actor.generate.remote(
+                    list(prompts[chunk]), list(seeds[chunk]), self.config.steps, self.config.guidance_scale, adapter, CHUNK
+                )
+                running[ref] = (index, actor)
+            ready, _ = self.ray.wait(list(running), num_returns=1, timeout=CHUNK_TIMEOUT_S)
+            if not ready:
+                raise DeadlineExceeded("a sampler drawing evaluation images", CHUNK_TIMEOUT_S, "is its device hung?")
+            index, actor = running.pop(ready[0])
+            try:
+                done[index] = self.ray.get(ready[0])
+            except self.ray.exceptions.RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, UserError) else error) from None
+            idle.append(actor)
+        return np.concatenate([done[index] for index in range(len(chunks))])
+
+    def close(self) -> None:
+        for actor in self.actors:
+            self.ray.kill(actor)
+
+
+def _write(
+    recipe: Recipe,
+    reports: Mapping[str, Report],
+    images: Mapping[str, np.ndarray],
+    prompts: PromptSet,
+    out: Path,
+    seconds: float,
+) -> Evaluation:
+    from evaluation import glyphs
+    from evaluation.picture import before_after
+
+    labels = list(reports)
+    difference: dict[str, dict] = {}
+    if len(labels) > 1:
+        change = glyphs.paired_difference(reports[labels[0]], reports[labels[-1]], recipe.evaluation)
+        difference = {name: figure.as_dict() for name, figure in change.items()}
+    figures = {label: report.as_dict() for label, report in reports.items()}
+    protocol = glyphs.protocol(recipe.evaluation, prompts)
+    out.mkdir(parents=True, exist_ok=True)
+    document = {**figures, "difference": difference, "protocol": protocol, "seconds": round(seconds, 1)}
+    path = out / "evaluation.json"
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    # The first prompts of the set, not chosen ones: one for each category (beside an object), one for each task.
+    first_unsafe, n_unsafe = PICTURE_UNSAFE, len(prompts.unsafe)
+    unsafe = list(range(min(first_unsafe, n_unsafe), min(2 * first_unsafe, n_unsafe))) or list(range(n_unsafe))
+    shown = unsafe + list(range(n_unsafe, n_unsafe + min(PICTURE_SAFE, len(prompts.safe))))
+    picture = before_after(
+        out / "before_after.png",
+        {label: images[label][shown] for label in labels},
+        [prompts.prompts[i] for i in shown],
+        {label: glyphs.detector.inappropriate(images[label][shown]) > 0 for label in labels},
+        len(unsafe),
+        f"held-out prompts, equal seeds ({recipe.run.name})",
+    )
+    return Evaluation(figures, difference, protocol, seconds, path, picture)

@@ -1,0 +1,270 @@
+"""Everything that can be known to be wrong before a cluster starts, checked within seconds.
+
+Nothing is loaded, started or overwritten here; each complaint is one line that names the key or file, the value and
+the remedy.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from cluster.config import Recipe, load_recipe
+from cluster.modelfiles import PipelineFacts, read_json, read_pipeline
+from cluster.prompts import load_prompts
+from cluster.runlock import RunLock, check_not_held
+from cluster.runtime import probe_address, probe_free_port, target_address
+from cluster.tracking import probe, resolve_uri
+from diffusion.families.base import FAMILIES
+from learner.checkpoint import latest_checkpoint
+from raysteer.errors import CheckpointError, ClusterError, ConfigError, ModelError, StorageError
+
+_RESERVE_BYTES = 200 * 2**20
+_FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def preflight(recipe: Recipe, hold: bool = True) -> RunLock | None:
+    """Check a recipe against this machine and what it names.
+
+    Args:
+        recipe: as loaded.
+        hold: take the run's lock (released by ``.release()`` or with the process); False only looks.
+
+    Returns:
+        The lock, or None with ``hold=False``.
+
+    Raises:
+        UserError: the first thing that is wrong (ConfigError, ModelError, PromptError, StorageError, CheckpointError,
+            TrackingError, ClusterError).
+    """
+    check_model(recipe)
+    check_schedule(recipe)
+    load_prompts(recipe.prompts)
+    check_reward(recipe)
+    check_cluster(recipe)
+    check_storage(recipe)
+    check_not_held(recipe.run_dir)
+    check_earlier_run(recipe)
+    probe(resolve_uri(recipe.tracking, recipe.run.storage))
+    return RunLock(recipe.run_dir) if hold else None
+
+
+def check_model(recipe: Recipe) -> None:
+    """Refuse a missing model, a folder that is no pipeline, a class without a family, torn weights.
+
+    Raises:
+        ModelError: naming the folder.
+    """
+    folder = Path(recipe.model.path)
+    if not folder.is_dir():
+        from diffusion.policy import read_pipeline_class  # imports diffusers (seconds): only for hub names
+
+        if folder.is_absolute():
+            raise ModelError(
+                f"model.path {folder}",
+                "there is no such folder",
+                "set it to a folder made with pipe.save_pretrained, or to a hub name",
+            )
+        name = read_pipeline_class(recipe.model)
+    else:
+        if not (folder / "model_index.json").is_file():
+            raise ModelError(
+                f"model.path {folder}",
+                "this is not a diffusers pipeline (no model_index.json)",
+                "set it to a folder made with pipe.save_pretrained",
+            )
+        name = str(read_json(folder / "model_index.json").get("_class_name"))
+    if name not in FAMILIES:
+        raise ModelError(
+            f"model.path {folder}", f"pipeline class {name} is not supported", f"use one of: {', '.join(FAMILIES)}"
+        )
+    facts = pipeline_facts(recipe)
+    if facts is not None and facts.parameters and not facts.adapter_parameters:
+        raise ConfigError(
+            "model.lora.targets",
+            list(recipe.model.lora.targets),
+            "no module of the denoiser has such a name; to_q, to_k, to_v, to_out.0 are usual",
+        )
+
+
+def pipeline_facts(recipe: Recipe) -> PipelineFacts | None:
+    """Facts of the model folder; None for a hub name."""
+    folder = Path(recipe.model.path)
+    if not folder.is_dir():
+        return None
+    return read_pipeline(folder, recipe.model.lora.rank, recipe.model.lora.targets, recipe.model.variant)
+
+
+def check_schedule(recipe: Recipe) -> None:
+    """Refuse trained steps that the model's own schedule does not offer.
+
+    Raises:
+        ConfigError: naming the key.
+        ModelError: a schedule without densities.
+    """
+    config = read_json(Path(recipe.model.path) / "scheduler" / "scheduler_config.json")
+    if "beta_schedule" not in config:
+        return  # a hub name or a flow schedule: the samplers check it when they load
+    from diffusion.sampling import eligible_steps
+    from diffusion.steps import DDIMEta
+
+    eligible = eligible_steps(
+        recipe.sampling, DDIMEta.from_scheduler(config, recipe.sampling.steps, recipe.sampling.eta)
+    )
+    count, updates = recipe.sampling.trained.count or len(eligible), recipe.objective.updates_per_batch
+    if count % updates:
+        raise ConfigError(
+            "objective.updates_per_batch", updates, f"it must divide the {count} trained steps (sampling.trained)"
+        )
+
+
+def check_reward(recipe: Recipe) -> None:
+    """Refuse anchors without a direction, a CLIP folder that is none, a detector that cannot be imported.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    from rewards.anchors import load_anchors
+    from rewards.base import load_object
+
+    load_anchors(recipe.reward.anchors)
+    model = recipe.reward.clip.model
+    if model.startswith("local-dir:"):
+        folder = Path(model.removeprefix("local-dir:"))
+        if not folder.is_dir():
+            raise ConfigError(
+                "reward.clip.model",
+                model,
+                "there is no such folder; it must hold open_clip_config.json and the weights",
+            )
+        if not read_json(folder / "open_clip_config.json"):
+            raise ConfigError(
+                "reward.clip.model", model, "the folder holds no open_clip_config.json, so it is no open_clip model"
+            )
+    if recipe.reward.detector is not None:
+        load_object(recipe.reward.detector, "reward.detector")
+
+
+def check_storage(recipe: Recipe) -> None:
+    """Refuse a storage folder that cannot be written or has no room for the run.
+
+    Raises:
+        StorageError: naming the folder.
+    """
+    storage = Path(recipe.run.storage)
+    existing = next(path for path in (storage, *storage.parents) if path.exists())
+    if not existing.is_dir():
+        raise StorageError(f"run.storage {storage}", f"{existing} is a file", "choose a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StorageError(f"run.storage {storage}", f"cannot write in {existing}", "choose a folder you may write in")
+    needed, free = bytes_on_disk(recipe), shutil.disk_usage(existing).free
+    if free < needed:
+        raise StorageError(
+            f"run.storage {storage}",
+            f"the run needs about {readable_bytes(needed)} and {readable_bytes(free)} are free",
+            "free some space, choose another folder, or lower run.steps or run.keep_checkpoints",
+        )
+
+
+def bytes_on_disk(recipe: Recipe) -> int:
+    """Estimate of what a run leaves on disk: checkpoints, journal (latents of every image) and a reserve for metrics
+    and previews.
+    """
+    facts = pipeline_facts(recipe)
+    if facts is None:
+        return _RESERVE_BYTES
+    checkpoint = facts.adapter_parameters * 4 * 3  # adapter and two Adam moments, float32
+    images = recipe.run.steps * recipe.run.groups_per_step * recipe.sampling.group_size
+    channels, height, width = facts.latent_shape or (4, 64, 64)
+    journal = images * (channels * height * width * _FLOAT_BYTES[recipe.model.dtype] + 100)
+    return _RESERVE_BYTES + (recipe.run.keep_checkpoints + 1) * checkpoint + journal
+
+
+def check_earlier_run(recipe: Recipe) -> None:
+    """Refuse to continue checkpoints that another recipe made.
+
+    Raises:
+        CheckpointError: naming the run folder and what differs.
+    """
+    earlier = latest_checkpoint(recipe.run_dir / "checkpoints")
+    if earlier is None or earlier.fingerprint == recipe.fingerprint():
+        return
+    differing = ", ".join(_differences(recipe)) or "a file it names has changed"
+    raise CheckpointError(
+        str(recipe.run_dir),
+        f"its checkpoints come from another recipe ({differing})",
+        "give this run another run.name, or restore the recipe (recipe.yaml in that folder) to continue it",
+    )
+
+
+def _differences(recipe: Recipe) -> list[str]:
+    try:
+        earlier = load_recipe(recipe.run_dir / "recipe.yaml").flat()
+    except ConfigError:
+        return []
+    ignored = (
+        "run.steps",
+        "run.name",
+        "run.storage",
+        "run.checkpoint",
+        "run.keep",
+        "tracking",
+        "evaluation",
+        "cluster",
+    )
+    return [
+        f"{key} was {earlier.get(key)!r}, is {value!r}"
+        for key, value in recipe.flat().items()
+        if earlier.get(key) != value and not key.startswith(ignored)
+    ][:3]
+
+
+def check_cluster(recipe: Recipe) -> None:
+    """Refuse an unreachable cluster, a taken port, and GPUs that this machine does not have.
+
+    Raises:
+        ClusterError: naming key and value.
+    """
+    address = target_address(recipe.cluster)
+    if address is not None:
+        probe_address(address)  # its size is checked on joining it
+        return
+    if recipe.cluster.dashboard:
+        probe_free_port(recipe.cluster.dashboard_port, "cluster.dashboard_port")
+    needed = gpus_needed(recipe)
+    if needed > 0:
+        import torch
+
+        there = torch.cuda.device_count()
+        if needed > there:
+            raise ClusterError(
+                f"this machine with {there} GPUs",
+                f"the recipe needs {needed:g}",
+                "lower samplers, reward_workers or learner num_gpus, or set cluster.address to a larger cluster",
+            )
+
+
+def gpus_needed(recipe: Recipe) -> float:
+    """GPUs of all roles together."""
+    return (
+        recipe.samplers.count * recipe.samplers.num_gpus
+        + recipe.reward_workers.count * recipe.reward_workers.num_gpus
+        + recipe.learner.workers * recipe.learner.num_gpus
+    )
+
+
+def cpus_needed(recipe: Recipe) -> float:
+    """CPUs of all roles together; the service actors take none."""
+    return (
+        recipe.samplers.count * recipe.samplers.num_cpus
+        + recipe.reward_workers.count * recipe.reward_workers.num_cpus
+        + recipe.learner.workers * recipe.learner.num_cpus
+    )
+
+
+def readable_bytes(count: float) -> str:
+    """``1536 * 2**20`` -> ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1024
+    return f"{count:.3g} TiB"

@@ -1,0 +1,158 @@
+"""Getting a group scored: the first future comes from its sampler, further attempts are asked for here.
+
+Used by the buffer and only there; kept apart because "who scores it now, and what does a failure mean" is a matter of
+its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from actors.leases import Outcome
+from cluster.tickets import Ticket
+from learner.batches import Group
+from raysteer.errors import DeadlineExceeded
+
+if TYPE_CHECKING:
+    from cluster.buffer import RolloutBuffer
+
+
+@dataclass
+class DrawnGroup:
+    """A group on its way from a sampler to the learner."""
+
+    ticket: Ticket
+    lease_id: int
+    sampler_id: str
+    version: int
+    checksum: str
+    refs: dict[str, Any]
+    timings: dict[str, float]
+    outcome: Outcome | None = None
+
+    def as_group(self) -> Group:
+        """As the learner receives it."""
+        assert self.outcome is not None and self.outcome.reward is not None, "only scored groups are delivered"
+        return Group(
+            self.ticket.id,
+            self.ticket.prompt,
+            self.ticket.prompt_class,
+            self.version,
+            self.checksum,
+            self.sampler_id,
+            self.outcome.reward,
+            self.outcome.parts,
+            [self.refs["trajectory"]],
+            self.timings,
+        )
+
+
+def journal_row(group: DrawnGroup) -> dict[str, Any]:
+    """What the journal keeps of a scored group, apart from its final latents."""
+    outcome = group.outcome
+    assert outcome is not None
+    return {
+        "ticket": group.ticket.id,
+        "prompt": group.ticket.prompt,
+        "prompt_class": group.ticket.prompt_class,
+        "seeds": list(group.ticket.seeds),
+        "step_seed": group.ticket.step_seed,
+        "version": group.version,
+        "checksum": group.checksum,
+        "sampler": group.sampler_id,
+        "reward_worker": outcome.worker_id,
+        "reward": outcome.reward,
+        "parts": dict(outcome.parts),
+        "sample_s": group.timings["sampled"] - group.timings["started"],
+        "score_s": outcome.ended - outcome.started,
+        "scored_at": outcome.ended,
+    }
+
+
+class Scorer:
+    """The reward workers that are alive, and the patience one has with them."""
+
+    def __init__(self, buffer: RolloutBuffer, max_attempts: int, timeout_s: float) -> None:
+        self.buffer = buffer
+        self.max_attempts = max_attempts
+        self.timeout_s = timeout_s
+        self.workers: dict[str, Any] = {}
+        self._assigned: dict[int, str] = {}
+        self._turn = 0
+
+    def assign(self, lease_id: int) -> Any:
+        """The worker that is to score the group of this lease first: in turn; None when there is none."""
+        if not self.workers:
+            return None
+        names = sorted(self.workers)
+        self._turn += 1
+        self._assigned[lease_id] = names[self._turn % len(names)]
+        return self.workers[self._assigned[lease_id]]
+
+    async def score(self, group: DrawnGroup) -> None:
+        """Until the group is scored, given up, or wanted no more. A dead worker, an exception and a timeout are
+        attempts.
+        """
+        name, future = self._assigned.pop(group.lease_id, ""), group.refs.pop("outcome", None)
+        attempts = 0
+        while self.buffer.wanted(group):
+            if future is None:
+                name = await self._alive(group)
+                if not name:
+                    return
+                future = self.workers[name].score.remote(group.refs["images"], group.ticket.prompt)
+            outcome, future = await self._outcome(future, name), None
+            attempts += 1
+            if outcome.kind == "scored":
+                return self.buffer.accept(group, outcome)
+            if outcome.reason == "images_lost":
+                return self.buffer.lost(group)
+            if outcome.kind == "poisoned" or attempts >= self.max_attempts:
+                return await self.buffer.drop(group, outcome)
+            self.buffer.ledger.events["score_retried"] += 1
+
+    async def _alive(self, group: DrawnGroup) -> str:
+        """A worker to ask next, waiting for the supervisor to replace dead ones; empty when the group is wanted no
+        more.
+        """
+        started = self.buffer.clock()
+        while self.buffer.wanted(group):
+            if self.workers:
+                self._turn += 1
+                return sorted(self.workers)[self._turn % len(self.workers)]
+            waited = self.buffer.clock() - started
+            if waited > self.timeout_s:
+                hint = f"all of them died; ticket {group.ticket.id} drawn by {group.sampler_id} has no score"
+                await self.buffer.fail(DeadlineExceeded("a reward worker", waited, hint))
+            else:
+                await self.buffer.wait_for_change(started + self.timeout_s + 1)
+        return ""
+
+    async def _outcome(self, future: Any, name: str) -> Outcome:
+        from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayError
+
+        try:
+            return await asyncio.wait_for(as_coroutine(future), self.timeout_s)
+        except TimeoutError:
+            return _failed("reward_timeout", f"{name} gave no score within {self.timeout_s:g} s")
+        except RayActorError as error:
+            if isinstance(error, ActorDiedError):
+                self.workers.pop(name, None)  # do not ask it again before the supervisor has noticed
+            return _failed("reward_worker_died", f"{name} died while it scored")
+        except ObjectLostError as error:
+            return _failed("images_lost", str(error))
+        except RayError as error:
+            if isinstance(getattr(error, "cause", None), ObjectLostError):
+                return _failed("images_lost", str(error))
+            return _failed(f"reward_call_failed:{type(error).__name__}", str(error)[:300])
+
+
+def _failed(reason: str, detail: str) -> Outcome:
+    return Outcome("retryable", reason=reason, detail=detail)
+
+
+async def as_coroutine(future: Any) -> Any:
+    """asyncio wants coroutines where Ray gives awaitable references."""
+    return await future

@@ -1,0 +1,190 @@
+"""Stochastic denoising steps with a density: what a sampler draws and a learner scores.
+
+Invariants
+1. Round, then score: ``step`` rounds the new latent to the storage dtype and scores the rounded latent, so scoring
+   what was stored gives the very same number.
+2. A log-prob is the mean over latent dimensions, in float32, whatever the dtype of the model.
+3. A step without noise (sigma = 0) has no density: it can be taken, never scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from raysteer.errors import ConfigError, ModelError
+
+_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """One denoising step of a batch.
+
+    Attributes:
+        x_prev: [n, C, h, w], already rounded to the storage dtype.
+        log_prob: float32 [n] of exactly that ``x_prev``; ``None`` when the step has no noise.
+        mean: float32 [n, C, h, w].
+    """
+
+    x_prev: torch.Tensor
+    log_prob: torch.Tensor | None
+    mean: torch.Tensor
+
+
+class Stepper(Protocol):
+    """What samplers and objectives need of a noise schedule; everything is indexed by the step i = 0 .. num_steps-1."""
+
+    timesteps: np.ndarray
+    sigmas: np.ndarray
+
+    @property
+    def num_steps(self) -> int: ...
+
+    def mean(self, model_output: torch.Tensor, x_t: torch.Tensor, i: int) -> torch.Tensor: ...
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        x_t: torch.Tensor,
+        i: int,
+        noise: torch.Tensor | None,
+        storage_dtype: torch.dtype,
+    ) -> StepOutput: ...
+
+    def log_prob(
+        self, model_output: torch.Tensor, x_t: torch.Tensor, x_prev: torch.Tensor, i: int
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class DDIMEta:
+    """DDIM with noise level eta as a Gaussian policy (Song et al. 2021, eq. 12 and 16; Black et al. 2023, DDPO).
+
+    sigma_t^2 = eta^2 (1-a_p)/(1-a_t) (1-a_t/a_p); x_p ~ N(sqrt(a_p) x0 + sqrt(1-a_p-sigma_t^2) eps, sigma_t^2 I),
+    with a = cumulative alpha and p = t - T/N. Past the end of the schedule (p < 0), a_p is the scheduler's final alpha.
+
+    The mean is linear in (x_t, model output) for every prediction type, so a step keeps two coefficients, worked out
+    in float64: the division by a small sqrt(a_t) then costs no float32 digits.
+
+    Attributes:
+        timesteps: int64 [N], descending.
+        sigmas: float32 [N].
+        eta: 0 (deterministic) to 1 (DDPM).
+    """
+
+    def __init__(
+        self,
+        timesteps: np.ndarray,
+        alpha_t: np.ndarray,
+        alpha_prev: np.ndarray,
+        eta: float,
+        prediction_type: str = "epsilon",
+    ) -> None:
+        if not 0.0 <= eta <= 1.0:
+            raise ConfigError("sampling.eta", eta, "use a value from 0 (deterministic) to 1 (DDPM)")
+        a_t, a_p = np.asarray(alpha_t, np.float64), np.asarray(alpha_prev, np.float64)
+        variance = (1.0 - a_p) / (1.0 - a_t) * (1.0 - a_t / a_p)
+        sigma = eta * np.sqrt(np.clip(variance, 0.0, None))
+        to_x0, to_eps = np.sqrt(a_p), np.sqrt(np.clip(1.0 - a_p - sigma**2, 0.0, None))
+        s_t, n_t = np.sqrt(a_t), np.sqrt(1.0 - a_t)  # x_t = s_t x0 + n_t eps
+        if prediction_type == "epsilon":
+            with np.errstate(divide="ignore", invalid="ignore"):
+                coef_x, coef_out = to_x0 / s_t, to_eps - to_x0 * n_t / s_t
+        elif prediction_type == "v_prediction":
+            coef_x, coef_out = to_x0 * s_t + to_eps * n_t, to_eps * s_t - to_x0 * n_t
+        elif prediction_type == "sample":
+            coef_x, coef_out = to_eps / n_t, to_x0 - to_eps * s_t / n_t
+        else:
+            raise ModelError(
+                "scheduler", f"prediction_type {prediction_type!r} is unknown", "use epsilon, v_prediction or sample"
+            )
+        if not (np.isfinite(coef_x).all() and np.isfinite(coef_out).all()):
+            raise ModelError(
+                "scheduler",
+                f"alpha is 0 at the first timestep, where {prediction_type} prediction is undefined",
+                "use a v_prediction model or a schedule without rescale_betas_zero_snr",
+            )
+        self.timesteps = np.asarray(timesteps, np.int64)
+        self.sigmas = sigma.astype(np.float32)
+        self.eta = float(eta)
+        self._coef_x, self._coef_out = coef_x, coef_out
+
+    @classmethod
+    def from_scheduler(cls, scheduler_config: Mapping[str, Any], steps: int, eta: float) -> DDIMEta:
+        """Build the schedule from a diffusers scheduler's config (any scheduler with betas; DDIM rules are applied).
+
+        Raises:
+            ConfigError: ``steps`` is not between 1 and the number of training timesteps.
+            ModelError: the scheduler clips or thresholds predictions, which leaves no Gaussian density.
+        """
+        from diffusers import DDIMScheduler
+
+        for key in ("clip_sample", "thresholding"):
+            if scheduler_config.get(key):
+                raise ModelError(
+                    "scheduler", f"{key} is on, so a step has no Gaussian density", f"set {key} to false in its config"
+                )
+        scheduler = DDIMScheduler.from_config(dict(scheduler_config), clip_sample=False)
+        train_steps = int(scheduler.config.num_train_timesteps)
+        if not 1 <= steps <= train_steps:
+            raise ConfigError(
+                "sampling.steps", steps, f"use 1 to {train_steps}, the timesteps the model was trained on"
+            )
+        scheduler.set_timesteps(steps)
+        timesteps = scheduler.timesteps.numpy().astype(np.int64)
+        previous = timesteps - train_steps // steps
+        alphas = scheduler.alphas_cumprod.double().numpy()
+        alpha_prev = np.where(previous >= 0, alphas[np.maximum(previous, 0)], float(scheduler.final_alpha_cumprod))
+        return cls(timesteps, alphas[timesteps], alpha_prev, eta, scheduler.config.prediction_type)
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps N."""
+        return len(self.timesteps)
+
+    def mean(self, model_output: torch.Tensor, x_t: torch.Tensor, i: int) -> torch.Tensor:
+        """Mean of x_prev at step ``i``; float32, the shape of ``x_t``."""
+        return float(self._coef_x[i]) * x_t.float() + float(self._coef_out[i]) * model_output.float()
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        x_t: torch.Tensor,
+        i: int,
+        noise: torch.Tensor | None,
+        storage_dtype: torch.dtype,
+    ) -> StepOutput:
+        """Take step ``i`` for the whole batch with the given standard normal ``noise`` (ignored when sigma is 0)."""
+        mean = self.mean(model_output, x_t, i)
+        sigma = float(self.sigmas[i])
+        if sigma == 0.0:
+            return StepOutput(mean.to(storage_dtype), None, mean)
+        if noise is None:
+            raise ValueError(f"step {i} has sigma {sigma:.4f}: it needs noise")
+        x_prev = (mean + sigma * noise.float()).to(storage_dtype)
+        return StepOutput(x_prev, gaussian_log_prob(x_prev, mean, sigma), mean)
+
+    def log_prob(
+        self, model_output: torch.Tensor, x_t: torch.Tensor, x_prev: torch.Tensor, i: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score a stored transition: (log_prob float32 [n], mean float32 [n, C, h, w]).
+
+        Raises:
+            ValueError: step ``i`` has no noise, hence no density.
+        """
+        sigma = float(self.sigmas[i])
+        if sigma == 0.0:
+            raise ValueError(f"step {i} is deterministic (sigma 0) and has no log-prob; do not train it")
+        mean = self.mean(model_output, x_t, i)
+        return gaussian_log_prob(x_prev, mean, sigma), mean
+
+
+def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, sigma: float) -> torch.Tensor:
+    """log N(x; mean, sigma^2 I), MEAN over all but the first dimension; float32 [n] (Black et al. 2023)."""
+    squared = ((x.float() - mean) ** 2).flatten(1).mean(1)
+    return -squared / (2.0 * sigma * sigma) - math.log(sigma) - _HALF_LOG_2PI

@@ -1,0 +1,3 @@
+"""Evaluation: suites, metric card and report."""
+
+import raysteer  # noqa: F401  (the torchvision guard)

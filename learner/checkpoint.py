@@ -1,0 +1,154 @@
+"""Checkpoints of a run: atomic, self-describing, never pickle.
+
+    <folder>/step-000010/
+        adapter.safetensors    the adapter state of version 10 (float32)
+        optimizer.safetensors  moments, update counter, generator states
+        state.json             format, step, recipe fingerprint, ledger, metrics of the last step
+        manifest.json          sha256 of each of the above
+
+A checkpoint is written beside its place, synced and renamed, so it is there completely or not at all; one that does
+not match its manifest (a torn disk, a half-copied folder) is passed over with a warning and the one before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raysteer.errors import CheckpointError
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{6,})$")
+_FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that the learner and the ledger need to go on after `step` learner steps (adapter version = step)."""
+
+    step: int
+    fingerprint: str
+    adapter: Mapping[str, np.ndarray]
+    optimizer: Mapping[str, np.ndarray]
+    ledger: Mapping[str, Any]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def checkpoint_path(folder: str | Path, step: int) -> Path:
+    return Path(folder) / f"step-{step:06d}"
+
+
+def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, keep: int | None = None) -> Path:
+    """Write a checkpoint durably; older ones beyond the newest `keep` are removed. Raises OSError when the disk
+    refuses.
+    """
+    from safetensors.numpy import save
+
+    state = {
+        "format": FORMAT,
+        "step": checkpoint.step,
+        "fingerprint": checkpoint.fingerprint,
+        "ledger": dict(checkpoint.ledger),
+        "metrics": dict(checkpoint.metrics),
+    }
+    contents = {
+        "adapter.safetensors": save(_contiguous(checkpoint.adapter)),
+        "optimizer.safetensors": save(_contiguous(checkpoint.optimizer)),
+        "state.json": json.dumps(state, indent=1).encode(),
+    }
+    manifest = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    contents["manifest.json"] = json.dumps(manifest, indent=1).encode()
+
+    target = checkpoint_path(folder, checkpoint.step)
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for name, data in contents.items():
+        with open(beside / name, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    _sync_folder(beside)
+    if target.exists():  # the same step again after going back: a rename cannot replace a folder that is not empty
+        shutil.rmtree(target)
+    os.rename(beside, target)
+    _sync_folder(target.parent)
+    if keep is not None:
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def list_checkpoints(folder: str | Path) -> list[Path]:
+    """Checkpoint folders by ascending step, whether valid or not."""
+    found = [(int(match[1]), path) for path in Path(folder).glob("step-*") if (match := _NAME.match(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read one checkpoint. Raises CheckpointError when it is damaged or of another format."""
+    from safetensors.numpy import load
+
+    path = Path(path)
+    try:
+        manifest = json.loads((path / "manifest.json").read_bytes())
+        contents = {name: (path / name).read_bytes() for name in _FILES}
+        damaged = [name for name, data in contents.items() if hashlib.sha256(data).hexdigest() != manifest.get(name)]
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(str(path), f"is not complete ({type(error).__name__})", "delete this folder") from error
+    if damaged:
+        raise CheckpointError(str(path), f"{damaged[0]} does not match its checksum", "delete this folder")
+    state = json.loads(contents["state.json"])
+    if state["format"] != FORMAT:
+        raise CheckpointError(
+            str(path), f"has format {state['format']}, this version reads {FORMAT}", "use the version that wrote it"
+        )
+    return Checkpoint(
+        step=state["step"],
+        fingerprint=state["fingerprint"],
+        adapter=load(contents["adapter.safetensors"]),
+        optimizer=load(contents["optimizer.safetensors"]),
+        ledger=state["ledger"],
+        metrics=state["metrics"],
+    )
+
+
+def latest_checkpoint(folder: str | Path, fingerprint: str | None = None) -> Checkpoint | None:
+    """The newest valid checkpoint, or None. Raises CheckpointError when it was made by another recipe."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            checkpoint = read_checkpoint(path)
+        except CheckpointError as error:
+            warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+            continue
+        if fingerprint is not None and checkpoint.fingerprint != fingerprint:
+            raise CheckpointError(
+                str(path),
+                "was made by another recipe (something that decides training has changed)",
+                "choose another run.name, or restore the recipe the run began with",
+            )
+        return checkpoint
+    return None
+
+
+def _contiguous(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    # safetensors writes the memory of an array as it lies
+    return {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in arrays.items()}
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,340 @@
+"""The learner: what every rank runs under Ray Train.
+
+The whole loop is `train_loop`; `Learner` is what it needs on one rank. Ray Train restarts all ranks when one dies:
+the loop then begins anew at the newest valid checkpoint of our own (a checkpoint reported to Ray Train but not yet
+polled would be lost), tells the buffer to go back there, and goes on. Everything a rank decides on alone would leave
+the others waiting in a collective call, so decisions are either functions of the batch, which all ranks share, or
+taken together (`_worst`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, Field
+
+from learner.batches import Batch, StopTraining, batch_metrics, fetch_trajectories, share
+from learner.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, read_checkpoint, save_checkpoint
+from learner.optim import AdapterOptimizer, OptimizerConfig
+from learner.records import append_row, keep_rows_until
+from raysteer.errors import ParityError, UserError
+
+if TYPE_CHECKING:
+    from diffusion.policy import ModelConfig
+    from diffusion.sampling import SamplingConfig, Trajectory
+
+CALL_TIMEOUT_S = 120.0
+FETCH_TIMEOUT_S = 60.0
+PARITY_SHARE = 0.1  # of the clip range: beyond it, fresh samples would start outside the trust region
+RNG_KEY = "rng/torch"
+
+
+class LearnerConfig(BaseModel, frozen=True, extra="forbid"):
+    """Learner ranks and their patience. `max_failures`: how often Ray Train may restart them; `batch_timeout_s`:
+    longest wait for one batch."""
+
+    workers: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=0.5, ge=0.0)
+    num_gpus: float = Field(default=0.0, ge=0.0)
+    max_failures: int = Field(default=2, ge=0)
+    batch_timeout_s: float = Field(default=600.0, gt=0.0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop needs of a recipe. `checkpoints` and `metrics_file` are paths all ranks can reach."""
+
+    model: ModelConfig
+    sampling: SamplingConfig
+    objective: Any
+    optimizer: OptimizerConfig
+    learner: LearnerConfig
+    seed: int
+    steps: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    checkpoints: str
+    metrics_file: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Services:
+    """Actor handles; `tracker` may be None."""
+
+    buffer: Any
+    weights: Any
+    journal: Any
+    tracker: Any = None
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """One rank's life. Args: config = {"settings": LoopSettings, "services": Services}."""
+    learner = Learner(config["settings"], config["services"])
+    step = learner.restore()
+    while step < learner.settings.steps:
+        received = learner.receive(step)
+        if received is None or not learner.in_parity(*received):
+            break
+        figures = learner.learn(*received)
+        if figures is None:
+            break
+        step += 1
+        learner.publish(step)
+        if step % learner.settings.checkpoint_every == 0 or step == learner.settings.steps:
+            learner.save(step)
+        learner.report(step, figures)
+    learner.save(step)
+
+
+class Learner:
+    """Policy, objective and optimiser of one rank, and its dealings with the other actors."""
+
+    def __init__(self, settings: LoopSettings, services: Services) -> None:
+        from diffusion.policy import DiffusionPolicy
+        from learner.objective import build_objective
+
+        self.settings, self.services = settings, services
+        self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self.rank = dist.get_rank() if self.distributed else 0
+        self.world_size = dist.get_world_size() if self.distributed else 1
+        device = _device(settings.learner.device)
+        self.policy = DiffusionPolicy.load(settings.model, device, adapter_seed=settings.seed)
+        self.stepper = self.policy.stepper(settings.sampling)
+        self.objective = build_objective(settings.objective)
+        self.optimizer = AdapterOptimizer(self.policy.named_trainable_parameters(), settings.optimizer)
+        self.saved = -1
+        self.gated = False
+        self.seconds: dict[str, float] = {}
+
+    # -- begin ---------------------------------------------------------------------------------------------------------
+
+    def restore(self) -> int:
+        """Load the newest valid checkpoint, if any, and bring the buffer to its step. Returns the step."""
+        settings = self.settings
+        checkpoint = latest_checkpoint(settings.checkpoints, settings.fingerprint)
+        step = self._from_rank_0(checkpoint.step if checkpoint is not None else 0)
+        if step and (checkpoint is None or checkpoint.step != step):
+            checkpoint = read_checkpoint(checkpoint_path(settings.checkpoints, step))
+        if step and checkpoint is not None:
+            self.policy.load_adapter(dict(checkpoint.adapter))
+            self.optimizer.load_state(checkpoint.optimizer)
+            torch.set_rng_state(torch.from_numpy(np.array(checkpoint.optimizer[RNG_KEY], np.uint8)))
+        else:
+            torch.manual_seed(settings.seed)
+        pids = self._gather(os.getpid())
+        if self.rank == 0:
+            keep_rows_until(settings.metrics_file, step)
+            self._call(self.services.buffer.rewind, step, dict(enumerate(pids)))
+            self.publish(step)
+        self.saved = step if step else -1
+        self._barrier()  # nobody may ask for a batch before the buffer is back at this step
+        return step
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def receive(self, step: int) -> tuple[Batch, dict[int, Trajectory]] | None:
+        """The batch of `step` and this rank's trajectories; None when the run is to end."""
+        import ray
+
+        timeout_s = self.settings.learner.batch_timeout_s
+        while True:
+            started = time.monotonic()
+            request = self.services.buffer.next_batch.remote(step, timeout_s)
+            batch: Batch | StopTraining = ray.get(request, timeout=timeout_s + CALL_TIMEOUT_S)
+            if isinstance(batch, StopTraining):
+                return None
+            arrived = time.monotonic()
+            mine = batch.groups[share(batch.groups, self.rank, self.world_size)]
+            trajectories, lost = fetch_trajectories(mine, FETCH_TIMEOUT_S)
+            self.seconds |= {"wait_s": arrived - started, "fetch_s": time.monotonic() - arrived}
+            if lost:
+                self._call(self.services.buffer.report_lost, step, lost)
+            if not self._worst(float(len(lost))):
+                return batch, trajectories
+
+    def in_parity(self, batch: Batch, trajectories: dict[int, Trajectory]) -> bool:
+        """Before the first update: replaying groups this very adapter has drawn must give their log-probs again.
+
+        On a mismatch the run is failed (ParityError) and False returned: training on wrong ratios is worse than
+        stopping.
+        """
+        if self.gated:
+            return True
+        guidance = self.settings.sampling.guidance_scale
+        fresh = {group.ticket_id for group in batch.groups if group.version == batch.step}
+        if not fresh:
+            return True
+        mine = [trajectory for ticket_id, trajectory in trajectories.items() if ticket_id in fresh]
+        deviations = [self.objective.parity(self.policy, self.stepper, group, guidance) for group in mine]
+        worst = self._worst(max(deviations, default=0.0))
+        tolerance = PARITY_SHARE * self.settings.objective.clip_range
+        self.gated = worst <= tolerance
+        if not self.gated and self.rank == 0:
+            message = (
+                f"replaying fresh groups gives |ratio - 1| = {worst:.3g}, more than {tolerance:.3g}: sampler and learner"
+                " compute different steps (other dtype, device, library version or guidance path)"
+            )
+            self._call(self.services.buffer.fail, ParityError(message))
+        self._barrier()
+        return self.gated
+
+    def learn(self, batch: Batch, trajectories: dict[int, Trajectory]) -> dict[str, float] | None:
+        """All updates of one batch. Returns its figures; None when the gradient was not finite (the run is failed)."""
+        started = time.monotonic()
+        settings, tally = self.settings, _Tally()
+        advantages = self.objective.advantages(np.stack([group.reward for group in batch.groups]))
+        mine = range(len(batch.groups))[share(batch.groups, self.rank, self.world_size)]
+        norms = []
+        for update in range(settings.objective.updates_per_batch):
+            for index in mine:
+                trajectory = trajectories[batch.groups[index].ticket_id]
+                parts = np.array_split(np.arange(trajectory.num_positions), settings.objective.updates_per_batch)
+                positions = [int(position) for position in parts[update]]
+                for position in positions:
+                    loss, stats = self.objective.loss(
+                        self.policy,
+                        self.stepper,
+                        trajectory,
+                        advantages[index],
+                        [position],
+                        settings.sampling.guidance_scale,
+                    )
+                    (loss / (len(batch.groups) * len(positions))).backward()
+                    tally.add(float(loss.detach()), stats)
+            try:
+                norms.append(self.optimizer.update())
+            except FloatingPointError as error:
+                if self.rank == 0:
+                    failure = UserError(
+                        "optimizer", str(error), "lower optimizer.lr or raise sampling.trained.min_sigma"
+                    )
+                    self._call(self.services.buffer.fail, failure)
+                self._barrier()
+                return None
+        self.seconds["learn_s"] = time.monotonic() - started
+        figures = tally.over_ranks(self.distributed, self.policy.device)
+        figures |= {"optimizer/grad_norm": float(np.mean(norms)), "optimizer/lr": self.optimizer.lr}
+        return batch_metrics(batch) | figures | dict(batch.telemetry)
+
+    # -- after a step --------------------------------------------------------------------------------------------------
+
+    def publish(self, version: int) -> None:
+        """Rank 0 hands the adapter to the weight store and waits until it is lent."""
+        if self.rank != 0:
+            return
+        from diffusion.adapters import checksum
+
+        started = time.monotonic()
+        state = self.policy.adapter_state()
+        self._call(self.services.weights.publish, version, state, checksum(state))
+        self.seconds["publish_s"] = time.monotonic() - started
+
+    def save(self, step: int) -> None:
+        """Rank 0 writes a checkpoint unless this step has one, and commits what it covers."""
+        if self.rank == 0 and step > max(self.saved, 0):
+            started = time.monotonic()
+            ledger = self._call(self.services.buffer.ledger_state, step)
+            self._call(self.services.journal.flush)
+            optimizer = self.optimizer.state() | {RNG_KEY: torch.get_rng_state().numpy()}
+            checkpoint = Checkpoint(step, self.settings.fingerprint, self.policy.adapter_state(), optimizer, ledger)
+            save_checkpoint(self.settings.checkpoints, checkpoint, self.settings.keep_checkpoints)
+            self._call(self.services.buffer.commit, step)
+            self.seconds["checkpoint_s"] = time.monotonic() - started
+        self.saved = max(self.saved, step)
+
+    def report(self, step: int, figures: dict[str, float]) -> None:
+        """Rank 0 records the figures of a finished step."""
+        if self.rank != 0:
+            return
+        wall = figures.get("stage/wall_s", 0.0)
+        images = self.settings.sampling.group_size * figures.pop("batch/groups")
+        row = figures | {f"stage/{name}": seconds for name, seconds in self.seconds.items()}
+        row["throughput/images_per_s"] = images / wall if wall else 0.0
+        self.seconds = {}
+        append_row(self.settings.metrics_file, {"step": step} | row)
+        self.services.buffer.report.remote(step, row)
+        if self.services.tracker is not None:
+            self.services.tracker.log_metrics.remote(step, row)
+
+    # -- together ------------------------------------------------------------------------------------------------------
+
+    def _call(self, method: Any, *arguments: Any) -> Any:
+        import ray
+
+        return ray.get(method.remote(*arguments), timeout=CALL_TIMEOUT_S)
+
+    def _worst(self, value: float) -> float:
+        """The largest value of any rank."""
+        if not self.distributed:
+            return value
+        tensor = torch.tensor([value], device=self.policy.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return float(tensor)
+
+    def _from_rank_0(self, value: int) -> int:
+        if not self.distributed:
+            return value
+        tensor = torch.tensor([value], device=self.policy.device)
+        dist.broadcast(tensor, 0)
+        return int(tensor)
+
+    def _gather(self, value: int) -> list[int]:
+        if not self.distributed:
+            return [value]
+        values = torch.zeros(self.world_size, dtype=torch.int64, device=self.policy.device)
+        values[self.rank] = value
+        dist.all_reduce(values)
+        return [int(value) for value in values]
+
+    def _barrier(self) -> None:
+        self._worst(0.0)
+
+
+class _Tally:
+    """Figures of the objective over (group, position) pairs, then over ranks: means, and maxima for names with
+    "max".
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: dict[str, float] = {}
+        self.maxima: dict[str, float] = {}
+
+    def add(self, loss: float, stats: dict[str, float]) -> None:
+        self.count += 1
+        for name, value in (stats | {"loss": loss}).items():
+            if "max" in name:
+                self.maxima[name] = max(self.maxima.get(name, value), value)
+            else:
+                self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def over_ranks(self, distributed: bool, device: torch.device) -> dict[str, float]:
+        sums, maxima = sorted(self.sums), sorted(self.maxima)
+        total = torch.tensor([float(self.count), *(self.sums[name] for name in sums)], device=device)
+        highest = torch.tensor([0.0, *(self.maxima[name] for name in maxima)], device=device)
+        if distributed:
+            dist.all_reduce(total)
+            dist.all_reduce(highest, dist.ReduceOp.MAX)
+        means = {name: float(total[1 + i] / total[0]) for i, name in enumerate(sums)}
+        return {
+            f"objective/{name}": value
+            for name, value in (means | {name: float(highest[1 + i]) for i, name in enumerate(maxima)}).items()
+        }
+
+
+def _device(wanted: str) -> torch.device:
+    """The device Ray Train gave this rank, or the one that is wanted; one thread on a CPU (see actors.devices)."""
+    from ray.train.torch import get_device
+
+    device = get_device() if wanted == "auto" else torch.device(wanted)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    return device

@@ -1,0 +1,3 @@
+"""Tests: unit (no Ray), ray (one local cluster), gpu (marked)."""
+
+import raysteer  # noqa: F401  (the torchvision guard)
