@@ -29,8 +29,9 @@ install: $(STAMP)
 # uv ignores pip's configuration, hence the explicit --find-links. Byte code is compiled once here: without it every
 # process that imports torch would pay for it where PYTHONDONTWRITEBYTECODE is set.
 $(STAMP): pyproject.toml constraints.txt
-	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(SUPPORTED)'; then \
-	  echo "raysteer needs Python 3.11, 3.12 or 3.13; found: $$(python3 --version 2>&1). Install one, or run make PYTHON=/path/to/python3.12" >&2; \
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(SUPPORTED)' 2>/dev/null; then \
+	  found=$$("$(or $(PYTHON),python3)" --version 2>/dev/null || echo none); \
+	  echo "raysteer needs Python 3.11, 3.12 or 3.13; found: $$found. Install one, or run make PYTHON=/path/to/python3.12" >&2; \
 	  exit 1; fi
 	@if ! $(RUN) -c '$(SUPPORTED)' >/dev/null 2>&1; then \
 	  echo "creating $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv --clear $(VENV); fi

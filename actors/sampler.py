@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 LEASE_POLL_S = 10.0
 ADAPTER_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 10.0
 MAX_UNANSWERED = 4
 
 
@@ -80,12 +81,14 @@ class Sampler:
                 timeout=LEASE_POLL_S + ADAPTER_TIMEOUT_S,
             )
             if isinstance(grant, Stop):
+                if unanswered:
+                    ray.wait(unanswered, num_returns=len(unanswered), timeout=END_TIMEOUT_S)
                 return {"groups": drawn}
             if isinstance(grant, Lease):
                 unanswered.append(self._draw(grant, buffer))
                 drawn += 1
             elif isinstance(grant, Preview):
-                self._preview(grant, tracker, *preview)
+                unanswered += self._preview(grant, tracker, *preview)
             unanswered = self._bounded(unanswered)
 
     def _draw(self, lease: Lease, buffer: Any) -> Any:
@@ -142,11 +145,10 @@ class Sampler:
         self.policy.load_adapter(state)
         self.checksum, self.applied_at = checksum, time.time()
 
-    def _preview(self, grant: Preview, tracker: Any, steps: int, guidance_scale: float) -> None:
+    def _preview(self, grant: Preview, tracker: Any, steps: int, guidance_scale: float) -> list[Any]:
         self._put_on(grant.adapter[0], grant.checksum)
         images = self.generate(grant.prompts, grant.seeds, steps, guidance_scale)
-        if tracker is not None:
-            tracker.log_images.remote(grant.version, images, list(grant.prompts))
+        return [] if tracker is None else [tracker.log_images.remote(grant.version, images, list(grant.prompts))]
 
     def generate(
         self,

@@ -1,8 +1,8 @@
 """The real loop on a recipe, measured: ``python -m benchmarks.loop [RECIPE] [KEY=VALUE ...] [--json FILE]``.
 
-Runs ``raysteer train`` in a process of its own, in a temporary storage, and reports throughput, seconds per stage, idle share
-for each role, overlap, publish-to-applied latency and the peak memory of every process. The first steps, in which
-processes still warm up, are left out of the medians.
+Runs ``raysteer train`` in a process of its own, in a temporary storage, and reports throughput, seconds per stage,
+idle share for each role, overlap, publish-to-applied latency and the peak memory of every process. The
+first steps, in which processes still warm up, are left out of the medians.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class MemoryWatch(threading.Thread):
 
     def __init__(self, root: int) -> None:
         super().__init__(daemon=True)
-        self.root, self.peaks, self.ended = root, {}, threading.Event()
+        self.root, self.ended = root, threading.Event()
+        self.peaks: dict[int, float] = {}
         self.names: dict[int, str] = {}
 
     def run(self) -> None:
@@ -134,7 +135,9 @@ def measure(recipe: str, overrides: list[str]) -> dict:
 
 def render(result: dict) -> str:
     """The figures as a table."""
-    lines = [f"{result['recipe']} {' '.join(result['overrides'])}: medians over steps {WARM_UP_STEPS + 1}..{result['steps']}"]
+    lines = [
+        f"{result['recipe']} {' '.join(result['overrides'])}: medians over steps {WARM_UP_STEPS + 1}..{result['steps']}"
+    ]
     lines += [f"  {label:<44} {result['medians'][key]:10.3f}" for key, label in FIGURES if key in result["medians"]]
     lines.append(f"  {'images per second, whole steady phase':<44} {result['steady_images_per_s']:10.3f}")
     lines.append(f"  {'whole run, start and end included (s)':<44} {result['run_seconds']:10.1f}")
@@ -149,7 +152,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    overrides = args.overrides if any(o.startswith("run.steps=") for o in args.overrides) else ["run.steps=20", *args.overrides]
+    overrides = (
+        args.overrides if any(o.startswith("run.steps=") for o in args.overrides) else ["run.steps=20", *args.overrides]
+    )
     result = measure(args.recipe, overrides)
     print(render(result))
     if args.json:

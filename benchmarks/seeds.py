@@ -1,6 +1,7 @@
-"""Train the glyph recipe on several seeds, and its alpha 0 twin: ``python -m benchmarks.seeds [--seeds 0 1 2] [KEY=VALUE ...]``.
+"""The effect over several training seeds, and of the alpha 0 twin: ``python -m benchmarks.seeds [--seeds 0 1 2]``.
 
-Runs the command line (train, then eval) for each and prints one Markdown table; figures and pictures stay in the run folders.
+Runs the command line (train, then eval) for each and prints one Markdown table; figures and pictures stay in the run
+folders.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def run(name: str, recipe: str, overrides: list[str]) -> dict:
 
 def row(name: str, figures: dict, seconds: float | None) -> str:
     cells = [f"{figures[c]['value']:.3f} [{figures[c]['low']:.3f}, {figures[c]['high']:.3f}]" for c in COLUMNS]
-    return f"| {name} | {' | '.join(cells)} | {figures['hazard_count']} | {'-' if seconds is None else f'{seconds:.0f}'} |"
+    return (
+        f"| {name} | {' | '.join(cells)} | {figures['hazard_count']} | {'-' if seconds is None else f'{seconds:.0f}'} |"
+    )
 
 
 def main() -> None:

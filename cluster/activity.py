@@ -7,7 +7,7 @@ Time is cut at each transition; every slice is added to the totals of what was g
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 from actors.leases import Outcome
@@ -24,7 +24,7 @@ class ActivityClock:
         self.learning = False
         self.learner_waiting = False
         self._now = self._since = now
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def tick(self, now: float) -> None:
         """Account for the time up to now, before the state changes."""
@@ -48,7 +48,7 @@ class ActivityClock:
         """Shares and seconds since the last call, and start anew."""
         self.tick(now)
         seconds, wall = self._seconds, max(now - self._since, 1e-9)
-        self._seconds, self._since = Counter(), now
+        self._seconds, self._since = defaultdict(float), now
 
         def ratio(part: float, whole: float) -> float:
             return part / whole if whole > 0 else 0.0

@@ -93,6 +93,7 @@ class RolloutBuffer:
         self._journaling: list[Any] = []
         self._reports: list[dict[str, float]] = []
         self._learners: dict[int, int] = {}
+        self._learner_life = 0
         self._stop: str | None = None
         self._failure: Exception | None = None
         self._changed = asyncio.Event()
@@ -203,9 +204,11 @@ class RolloutBuffer:
 
     async def next_batch(self, step: int, timeout_s: float) -> Batch | StopTraining:
         """The batch of `step`: every rank that asks gets the same one. Ends the run when it does not come in time."""
-        started = self.clock()
+        started, life = self.clock(), self._learner_life
         self.meter.learner(waiting=True)
         while True:
+            if life != self._learner_life:
+                return StopTraining()  # whoever asked is dead: its successor has begun anew
             if self._batch is not None and self._batch.step == step:
                 return self._batch
             if self._ending() is not None:
@@ -240,6 +243,7 @@ class RolloutBuffer:
         """The learner (`learners`: pid by rank) starts at the checkpoint of `step`. Nothing is leased until it
         publishes.
         """
+        self._learner_life += 1
         self._batch = None
         self._learners = dict(learners or {})
         try:
@@ -338,7 +342,9 @@ class RolloutBuffer:
 
     def _preview(self) -> Preview | None:
         every, version = self.settings.preview_every, self.ledger.version
-        if not every or version % every or version in self._previewed or not self.ledger.checksum:
+        last = self.settings.total_groups // self.settings.groups_per_step
+        due = every and (version % every == 0 or version == last)
+        if not due or version in self._previewed or not self.ledger.checksum:
             return None
         self._previewed.add(version)
         prompts = self.settings.preview_prompts

@@ -97,8 +97,8 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from cluster.train import train as run_training
 
     result = run_training(loaded)
-    how = "it was finished before" if not result.seconds else readable_seconds(result.seconds)
-    typer.echo(f"\n{result.status} after {result.steps} steps, {how}")
+    how = f"in {readable_seconds(result.seconds)}" if result.seconds else "(it was before: there was nothing to do)"
+    typer.echo(f"\n{result.status} after {result.steps} steps {how}")
     if result.status != "finished":
         typer.echo(f"continue with: raysteer train {recipe} {' '.join(overrides or [])}".rstrip())
         return

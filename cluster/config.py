@@ -192,12 +192,10 @@ def recipe_from_dict(data: Mapping[str, Any], folder: str | Path = ".") -> Recip
 
 
 def trained_count(recipe: Recipe) -> int:
-    """Number of trained denoising steps per image, K, as far as the recipe alone tells (min_sigma may lower it for
-    mode "all").
+    """Number of trained denoising steps per image, K, as far as the recipe alone tells (unless ``count`` fixes it, the
+    model's schedule may leave fewer with ``min_sigma``).
     """
-    trained = recipe.sampling.trained
-    window = _trained_end(recipe) - trained.first
-    return window if trained.count is None or trained.mode == "all" else trained.count
+    return recipe.sampling.trained.number(recipe.sampling.steps)
 
 
 def check_batch_arithmetic(recipe: Recipe) -> None:
@@ -244,11 +242,6 @@ def check_devices(recipe: Recipe) -> None:
                 role.num_gpus,
                 f"{section}.device is cuda, so it must be above 0 (1, or a share such as 0.25)",
             )
-
-
-def _trained_end(recipe: Recipe) -> int:
-    last = recipe.sampling.trained.last
-    return recipe.sampling.steps - 1 if last is None else last
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

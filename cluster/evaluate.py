@@ -57,7 +57,8 @@ class Evaluation:
                 f"{name:<{width}}" + "".join(f"  {c['value']:>6.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells)
             )
         lines.append(
-            f"{'hazards counted':<{width}}" + "".join(f"  {self.figures[label]['hazard_count']:>22d}" for label in labels)
+            f"{'hazards counted':<{width}}"
+            + "".join(f"  {self.figures[label]['hazard_count']:>22d}" for label in labels)
         )
         return "\n".join(lines)
 
@@ -117,14 +118,21 @@ class _SamplerPool:
         """uint8 [n, H, W, 3]; chunks go to whichever sampler is free."""
         adapter = None if state is None else self.ray.put(dict(state))
         chunks = [slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK)]
-        waiting, running, done = list(enumerate(chunks)), {}, {}
+        waiting = list(enumerate(chunks))
+        running: dict[Any, tuple[int, Any]] = {}
+        done: dict[int, np.ndarray] = {}
         idle = list(self.actors)
         while waiting or running:
             while waiting and idle:
                 index, chunk = waiting.pop(0)
                 actor = idle.pop()
                 ref = actor.generate.remote(
-                    list(prompts[chunk]), list(seeds[chunk]), self.config.steps, self.config.guidance_scale, adapter, CHUNK
+                    list(prompts[chunk]),
+                    list(seeds[chunk]),
+                    self.config.steps,
+                    self.config.guidance_scale,
+                    adapter,
+                    CHUNK,
                 )
                 running[ref] = (index, actor)
             ready, _ = self.ray.wait(list(running), num_returns=1, timeout=CHUNK_TIMEOUT_S)

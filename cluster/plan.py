@@ -30,7 +30,8 @@ class RoleMemory:
     def render(self) -> tuple[str, str]:
         """Label and text of its line in the plan."""
         known = "weights on the hub: unknown" if self.weights is None else f"weights {readable_bytes(self.weights)}"
-        training = f" + adapter and optimiser {readable_bytes(self.training)}" if self.training else ""
+        kept = "adapter, gradients and optimiser" if self.role == "learner" else "adapter"
+        training = f" + {kept} {readable_bytes(self.training)}" if self.training else ""
         return self.role, f"{self.count} × {self.where}; {known}{training} each, activations not counted"
 
 

@@ -14,7 +14,7 @@ from cluster.prompts import load_prompts
 from cluster.runlock import RunLock, check_not_held
 from cluster.runtime import probe_address, probe_free_port, target_address
 from cluster.tracking import probe, resolve_uri
-from diffusion.families.base import FAMILIES
+from diffusion.families.base import FAMILIES, family_for
 from learner.checkpoint import latest_checkpoint
 from raysteer.errors import CheckpointError, ClusterError, ConfigError, ModelError, StorageError
 
@@ -101,16 +101,16 @@ def check_schedule(recipe: Recipe) -> None:
         ConfigError: naming the key.
         ModelError: a schedule without densities.
     """
-    config = read_json(Path(recipe.model.path) / "scheduler" / "scheduler_config.json")
-    if "beta_schedule" not in config:
-        return  # a hub name or a flow schedule: the samplers check it when they load
-    from diffusion.sampling import eligible_steps
-    from diffusion.steps import DDIMEta
+    folder = Path(recipe.model.path)
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    family = family_for(str(read_json(folder / "model_index.json").get("_class_name")))
+    if not config or family is None:
+        return  # a hub name: the samplers check it when they load
+    from diffusion.sampling import choose_trained_steps
 
-    eligible = eligible_steps(
-        recipe.sampling, DDIMEta.from_scheduler(config, recipe.sampling.steps, recipe.sampling.eta)
-    )
-    count, updates = recipe.sampling.trained.count or len(eligible), recipe.objective.updates_per_batch
+    stepper = family.schedule(config, recipe.sampling.steps, recipe.sampling.eta)
+    count = len(choose_trained_steps(recipe.sampling, stepper, seed=0))
+    updates = recipe.objective.updates_per_batch
     if count % updates:
         raise ConfigError(
             "objective.updates_per_batch", updates, f"it must divide the {count} trained steps (sampling.trained)"

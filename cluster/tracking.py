@@ -5,10 +5,12 @@ on the working directory and on leftovers in it. A store that cannot be reached 
 away later never stops a training: metrics wait and are sent with the next step, and every failed attempt is counted.
 """
 
+import functools
 import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import time
 import urllib.error
@@ -236,12 +238,14 @@ class Tracker:
                 raise
             return str(found.experiment_id)
 
-    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Record finite and non-finite numbers of one step in one request; kept and sent later if the store is away."""
+    def log_metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record the numbers of one step in one request; kept and sent with the next step if the store is away."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._pending += [Metric(key, float(value), now, step) for key, value in values.items() if _is_number(value)]
+        self._pending += [
+            Metric(_key(key), float(value), now, step) for key, value in values.items() if _is_number(value)
+        ]
         self._flush()
 
     def _flush(self) -> None:
@@ -255,12 +259,13 @@ class Tracker:
         del self._pending[:sent]
 
     def log_images(self, step: int, images: np.ndarray, captions: Sequence[str]) -> None:
-        """Record images, uint8 [n, H, W, 3]; image i appears under ``preview/<i> <caption>`` and is comparable over
+        """Record images, uint8 [n, H, W, 3]; image i appears under ``preview <i> <caption>`` and is comparable over
         steps.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(captions):
             raise ValueError(f"images must be uint8 [n, H, W, 3] with n captions, got {images.dtype} {images.shape}")
-        self._try("images", lambda: [self._log_image(step, i, image, captions[i]) for i, image in enumerate(images)])
+        for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
+            self._try("an image", functools.partial(self._log_image, step, index, image, caption))
 
     def _log_image(self, step: int, index: int, image: np.ndarray, caption: str) -> None:
         readable = "".join(c if c.isalnum() or c in " -_." else " " for c in caption)
@@ -326,6 +331,11 @@ def open_client(uri: str) -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+def _key(name: str) -> str:
+    """MLflow refuses a whole batch for one key with a character it does not know."""
+    return re.sub(r"[^\w\-. /:]", "_", name)
 
 
 def _is_number(value: Any) -> bool:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from cluster.config import Recipe
 
 POLL_S = 0.5
-CALL_TIMEOUT_S = 60.0
+CALL_TIMEOUT_S = 300.0
 MEMBERS_STOP_S = 30.0
 
 logger = logging.getLogger(__name__)
@@ -368,7 +368,12 @@ def end_actors(handles: list[Any]) -> None:
 def _get(method: Any, *arguments: Any) -> Any:
     import ray
 
-    return ray.get(method.remote(*arguments), timeout=CALL_TIMEOUT_S)
+    try:
+        return ray.get(method.remote(*arguments), timeout=CALL_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError as error:
+        name = getattr(method, "_method_name", "an actor")
+        hint = "a service actor is not up or stuck: is the machine overloaded? see the Ray logs"
+        raise DeadlineExceeded(f"the answer to {name}()", CALL_TIMEOUT_S, hint) from error
 
 
 def _export(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 
 from diffusion.adapters import ALPHA_SUFFIX, AdapterState
 from diffusion.families.base import FAMILIES, Family, family_for
-from diffusion.steps import Stepper
+from diffusion.steps import Stepper, at_least_float32
 from raysteer.errors import ModelError
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class DiffusionPolicy:
         self.device = torch.device(device)
         self.dtype = DTYPES[config.dtype]
         self._embeds: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._adapter_on = True
         self._add_adapter(adapter_seed)
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -184,7 +185,7 @@ class DiffusionPolicy:
         else:
             both = self.family.denoise(torch.cat([x_t, x_t]), timestep, torch.cat([uncond_embeds, embeds]))
             uncond, cond = both.chunk(2)
-        uncond, cond = uncond.float(), cond.float()  # guidance amplifies the rounding of half precision
+        uncond, cond = at_least_float32(uncond), at_least_float32(cond)  # guidance amplifies half precision's rounding
         return uncond + guidance_scale * (cond - uncond)
 
     @torch.no_grad()
@@ -247,11 +248,16 @@ class DiffusionPolicy:
 
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
-        """The reference policy: inside, the adapter contributes nothing."""
+        """The reference policy: inside, the adapter contributes nothing. May be nested."""
+        if not self._adapter_on:
+            yield
+            return
         self.denoiser.disable_adapters()  # type: ignore[operator]
+        self._adapter_on = False
         try:
             yield
         finally:
+            self._adapter_on = True
             self.denoiser.enable_adapters()  # type: ignore[operator]
 
 

@@ -29,23 +29,42 @@ class TrainedStepsConfig(BaseModel, frozen=True, extra="forbid"):
     """Which denoising steps of a group are trained.
 
     Eligible are the steps ``first <= i < last`` with sigma of at least ``min_sigma``. ``random`` takes ``count`` of
-    them at random, ``window`` a random run of ``count`` neighbours, ``all`` every one. ``count=None`` means all
-    eligible, ``last=None`` all but the last step (its sigma is at or near zero).
+    them at random, ``window`` a random run of ``count`` neighbours, ``all`` every one. Instead of ``count``,
+    ``fraction`` gives the number as a share of the steps from first to last, so that it follows a change of
+    ``sampling.steps``. With neither, all eligible are taken. ``last=None`` is all but the last step (its sigma is at
+    or near zero).
     """
 
     mode: Literal["random", "window", "all"] = "random"
     count: int | None = Field(default=None, ge=1)
+    fraction: float | None = Field(default=None, gt=0.0, le=1.0)
     first: int = Field(default=0, ge=0)
     last: int | None = Field(default=None, ge=1)
     min_sigma: float = Field(default=0.02, gt=0.0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _possible(self) -> TrainedStepsConfig:
-        if self.mode == "all" and self.count is not None:
-            raise ValueError("mode 'all' trains every eligible step: leave count out, or use mode 'random' or 'window'")
+        if self.count is not None and self.fraction is not None:
+            raise ValueError(f"fraction ({self.fraction:g}) and count ({self.count}) exclude each other: leave one out")
+        for name in ("count", "fraction"):
+            if self.mode == "all" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"mode 'all' trains every eligible step: leave {name} out, or use mode 'random' or 'window'"
+                )
         if self.last is not None and self.last <= self.first:
             raise ValueError(f"last ({self.last}) is exclusive and must be larger than first ({self.first})")
         return self
+
+    def span(self, steps: int) -> range:
+        """The steps from first to last of a schedule of ``steps`` steps, whatever their sigma."""
+        return range(self.first, steps - 1 if self.last is None else self.last)
+
+    def number(self, steps: int) -> int:
+        """How many steps of a schedule of ``steps`` steps are trained, if ``min_sigma`` leaves as many."""
+        if self.count is not None:
+            return self.count
+        offered = len(self.span(steps))
+        return offered if self.fraction is None else max(1, round(self.fraction * offered))
 
 
 class SamplingConfig(BaseModel, frozen=True, extra="forbid"):
@@ -60,7 +79,7 @@ class SamplingConfig(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _inside_the_schedule(self) -> SamplingConfig:
-        last = self.trained.last if self.trained.last is not None else self.steps - 1
+        last = self.trained.span(self.steps).stop
         if last > self.steps:
             raise ValueError(f"trained.last is {last} but there are only {self.steps} steps: use {self.steps} or less")
         if self.trained.first >= last:
@@ -153,16 +172,16 @@ def eligible_steps(cfg: SamplingConfig, stepper: Stepper) -> tuple[int, ...]:
         ConfigError: the range reaches beyond the schedule, or no step has noise enough.
     """
     trained = cfg.trained
-    last = stepper.num_steps - 1 if trained.last is None else trained.last
-    if last > stepper.num_steps:
+    span = trained.span(stepper.num_steps)
+    if span.stop > stepper.num_steps:
         raise ConfigError(
-            "sampling.trained.last", last, f"the schedule has {stepper.num_steps} steps: use that or less"
+            "sampling.trained.last", span.stop, f"the schedule has {stepper.num_steps} steps: use that or less"
         )
-    eligible = tuple(i for i in range(trained.first, last) if stepper.sigmas[i] >= trained.min_sigma)
+    eligible = tuple(i for i in span if stepper.sigmas[i] >= trained.min_sigma)
     if not eligible:
         raise ConfigError(
             "sampling.trained",
-            f"steps {trained.first}..{last - 1} with sigma >= {trained.min_sigma:g}",
+            f"steps {span.start}..{span.stop - 1} with sigma >= {trained.min_sigma:g}",
             f"no step of this schedule qualifies (largest sigma {float(stepper.sigmas.max()):.4f}): "
             "lower min_sigma, raise eta or widen first/last",
         )
@@ -180,7 +199,7 @@ def choose_trained_steps(cfg: SamplingConfig, stepper: Stepper, seed: int) -> tu
         ConfigError: see ``eligible_steps``.
     """
     eligible = eligible_steps(cfg, stepper)
-    count = len(eligible) if cfg.trained.count is None else cfg.trained.count
+    count = min(cfg.trained.number(stepper.num_steps), len(eligible))
     rng = np.random.Generator(np.random.Philox(seed))
     if cfg.trained.mode == "window":
         start = int(rng.integers(len(eligible) - count + 1))

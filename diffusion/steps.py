@@ -3,7 +3,8 @@
 Invariants
 1. Round, then score: ``step`` rounds the new latent to the storage dtype and scores the rounded latent, so scoring
    what was stored gives the very same number.
-2. A log-prob is the mean over latent dimensions, in float32, whatever the dtype of the model.
+2. A log-prob is the mean over latent dimensions, in float32, whatever the half precision of the model. (float64 stays
+   float64 throughout, so that gradients can be checked against finite differences.)
 3. A step without noise (sigma = 0) has no density: it can be taken, never scored.
 """
 
@@ -137,6 +138,8 @@ class DDIMEta:
             )
         scheduler.set_timesteps(steps)
         timesteps = scheduler.timesteps.numpy().astype(np.int64)
+        if timesteps.max() >= train_steps:  # steps_offset moves the first one past the end
+            raise ConfigError("sampling.steps", steps, f"use 1 to {train_steps - 1}: this schedule starts one later")
         previous = timesteps - train_steps // steps
         alphas = scheduler.alphas_cumprod.double().numpy()
         alpha_prev = np.where(previous >= 0, alphas[np.maximum(previous, 0)], float(scheduler.final_alpha_cumprod))
@@ -148,8 +151,9 @@ class DDIMEta:
         return len(self.timesteps)
 
     def mean(self, model_output: torch.Tensor, x_t: torch.Tensor, i: int) -> torch.Tensor:
-        """Mean of x_prev at step ``i``; float32, the shape of ``x_t``."""
-        return float(self._coef_x[i]) * x_t.float() + float(self._coef_out[i]) * model_output.float()
+        """Mean of x_prev at step ``i``; float32 (float64 of float64), the shape of ``x_t``."""
+        x_t, model_output = at_least_float32(x_t), at_least_float32(model_output)
+        return float(self._coef_x[i]) * x_t + float(self._coef_out[i]) * model_output
 
     def step(
         self,
@@ -166,7 +170,7 @@ class DDIMEta:
             return StepOutput(mean.to(storage_dtype), None, mean)
         if noise is None:
             raise ValueError(f"step {i} has sigma {sigma:.4f}: it needs noise")
-        x_prev = (mean + sigma * noise.float()).to(storage_dtype)
+        x_prev = (mean + sigma * at_least_float32(noise)).to(storage_dtype)
         return StepOutput(x_prev, gaussian_log_prob(x_prev, mean, sigma), mean)
 
     def log_prob(
@@ -184,7 +188,12 @@ class DDIMEta:
         return gaussian_log_prob(x_prev, mean, sigma), mean
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32; anything else as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def gaussian_log_prob(x: torch.Tensor, mean: torch.Tensor, sigma: float) -> torch.Tensor:
-    """log N(x; mean, sigma^2 I), MEAN over all but the first dimension; float32 [n] (Black et al. 2023)."""
-    squared = ((x.float() - mean) ** 2).flatten(1).mean(1)
+    """log N(x; mean, sigma^2 I), MEAN over all but the first dimension; [n], dtype of ``mean`` (Black et al. 2023)."""
+    squared = ((at_least_float32(x) - mean) ** 2).flatten(1).mean(1)
     return -squared / (2.0 * sigma * sigma) - math.log(sigma) - _HALF_LOG_2PI

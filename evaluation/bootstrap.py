@@ -44,5 +44,3 @@ def stratified_mean(strata: Sequence[np.ndarray], samples: int = 2000, seed: int
 def mean(values: np.ndarray, samples: int = 2000, seed: int = 0) -> Figure:
     """Mean of one sample, float [n]."""
     return stratified_mean([values], samples, seed)
-
-

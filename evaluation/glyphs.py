@@ -1,7 +1,7 @@
 """The glyph suite: inappropriate rate, utility, blanks, kept content and diversity, judged by the exact detector.
 
-The six utility tasks follow GenEval (Ghosh et al. 2023): an object, two objects, a count, a colour, a relative position,
-and two objects with their own colours; the score is the mean of the six accuracies.
+The six utility tasks follow GenEval (Ghosh et al. 2023): an object, two objects, a count, a colour, a relative
+position, and two objects with their own colours; the score is the mean of the six accuracies.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def judge(prompts: PromptSet, images: np.ndarray, config: EvaluationConfig) -> R
 
 
 def diversity(images: np.ndarray, prompts: PromptSet) -> np.ndarray:
-    """Mean pairwise root-mean-square distance between the images of one prompt at 8x8 pixels, in [0, 1]; float [prompts]."""
+    """Mean pairwise RMS distance between the images of one prompt at 8x8 pixels, in [0, 1]; float [prompts]."""
     size = prompts.images_per_diversity_prompt
     small = images.reshape(len(images), 8, 4, 8, 4, 3).astype(np.float64).mean(axis=(2, 4)) / 255
     groups = small.reshape(-1, size, 8 * 8 * 3)

@@ -1,7 +1,7 @@
 """The exact detector of the glyph world: which objects and which warning marks an image shows.
 
-No learned part: hue and saturation per pixel, connected components, overlap with the known templates. It is strict about
-harm: any dark blob as large as a piece of a mark counts as inappropriate, recognised or not, so that half-erased
+No learned part: hue and saturation per pixel, connected components, overlap with the known templates. It is strict
+about harm: any dark blob as large as a piece of a mark counts as inappropriate, recognised or not, so that half-erased
 marks do not pass as safe.
 """
 
@@ -30,8 +30,8 @@ MIN_MARK_OVERLAP = 0.5
 class Detection:
     """One thing seen. ``kind`` is a shape, a category or ``unrecognised``; ``colour`` is ``black`` for marks.
 
-    ``centre`` and ``size`` are (x, y) and (width, height) in pixels; ``overlap`` is the intersection over union with the
-    best template.
+    ``centre`` and ``size`` are (x, y) and (width, height) in pixels; ``overlap`` is the intersection over union with
+    the best template.
     """
 
     kind: str

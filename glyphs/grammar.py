@@ -1,24 +1,25 @@
 """The captions of the glyph world: what can be asked for, which captions are held out, and a scene that fits each one.
 
-Every caption carries a `Request`, the exact statement of what the image must show, so that an image can be judged without
-a learned evaluator. Held-out captions are chosen by a hash of the core caption, stratified by form, and are seen neither
-by the pretraining nor by post-training.
+Every caption carries a `Request`, the exact statement of what the image must show, so that an image can be judged
+without a learned evaluator. Held-out captions are chosen by a hash of the core caption, stratified by form, and are
+seen neither by the pretraining nor by post-training.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations, product
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from glyphs.world import CATEGORIES, COLOURS, RELATIONS, SHAPES, Item, Scene, place
 
 Split = Literal["train", "test"]
+T = TypeVar("T")
 HELD_OUT = 0.15
 BENIGN_TASKS = ("single", "two", "counting", "colours", "position", "attribute")
 UNSAFE_FORMS = ("alone", "beside", "relation", "vague")
@@ -123,8 +124,8 @@ def _hash(text: str) -> int:
 def requests(split: Split) -> tuple[Request, ...]:
     """All core captions of a split, in a fixed order.
 
-    Held-out captions are the 15 % (at least one) of each stratum with the smallest hash. A stratum is a benign task, or an
-    unsafe form of one category with or without an object.
+    Held-out captions are the 15 % (at least one) of each stratum with the smallest hash. A stratum is a benign task, or
+    an unsafe form of one category with or without an object.
     """
     strata: dict[tuple, list[Request]] = {}
     for request in (*_benign(), *_unsafe()):
@@ -151,7 +152,7 @@ def by_form(split: Split) -> dict[str, tuple[Request, ...]]:
     return {form: tuple(members) for form, members in groups.items()}
 
 
-def choose(items: tuple, rng: np.random.Generator):
+def choose(items: Sequence[T], rng: np.random.Generator) -> T:
     """One element, uniformly."""
     return items[int(rng.integers(len(items)))]
 
@@ -167,9 +168,7 @@ def fulfil(request: Request, rng: np.random.Generator) -> Scene:
     things = request.wanted * request.count
     cells = place(len(things), rng, request.relation)
     same = _colour(things[0], rng) if request.count > 1 else None
-    items = [
-        Item(w.kind, same or _colour(w, rng), column, row) for w, (column, row) in zip(things, cells, strict=True)
-    ]
+    items = [Item(w.kind, same or _colour(w, rng), column, row) for w, (column, row) in zip(things, cells, strict=True)]
     return Scene(tuple(items))
 
 
@@ -181,8 +180,8 @@ def random_objects(count: int, rng: np.random.Generator) -> list[Wanted]:
 def pretraining_pair(rng: np.random.Generator) -> tuple[str, Scene]:
     """One caption and a scene for it, from the training split.
 
-    54 % benign tasks, 34 % unsafe forms, 12 % generic phrases about safety, hazards or emptiness; without these last ones
-    the words of the steering anchors would mean nothing to the encoders.
+    54 % benign tasks, 34 % unsafe forms, 12 % generic phrases about safety, hazards or emptiness; without these last
+    ones the words of the steering anchors would mean nothing to the encoders.
     """
     draw = rng.random()
     if draw < 0.54:

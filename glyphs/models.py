@@ -1,6 +1,6 @@
 """The tiny models of the glyph world: real classes of diffusers, transformers and open_clip at toy size.
 
-`save_pipeline` writes a folder that plain `StableDiffusionPipeline.from_pretrained` loads; `save_clip` writes a folder that
+`save_pipeline` writes a folder that plain `StableDiffusionPipeline.from_pretrained` loads; `save_clip` writes one that
 `open_clip.create_model_and_transforms("local-dir:...")` loads. Weights are stored in fp16 and loaded in fp32.
 """
 
@@ -14,7 +14,7 @@ import open_clip
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -43,7 +43,9 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     )
     bpe.train_from_iterator(corpus, trainer)
     learnt = json.loads(bpe.to_str())["model"]
-    tokens = sorted(set(learnt["vocab"]) | {c + "</w>" for c in alphabet}, key=lambda t: learnt["vocab"].get(t, 1 << 30))
+    tokens = sorted(
+        set(learnt["vocab"]) | {c + "</w>" for c in alphabet}, key=lambda t: learnt["vocab"].get(t, 1 << 30)
+    )
     vocabulary = {token: index for index, token in enumerate(tokens)}
     # The two special tokens come last: CLIP pools the text at the highest token id.
     for token in (START, END):

@@ -8,6 +8,7 @@ Documented times are in glyphs/README.md.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -16,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from transformers import CLIPTokenizer
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from glyphs import models
 from glyphs.grammar import pretraining_pair
@@ -149,7 +150,7 @@ def _tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
 def train_diffusion(
     out: Path, seed: int, device: str, steps: int, batch_size: int = 32, pool: int = 100_000, lr: float = 1.2e-3
 ) -> None:
-    """UNet and text encoder jointly: epsilon prediction, min-SNR-5 weights (Hang et al. 2023), 10 % caption drop, EMA."""
+    """UNet and text encoder jointly: epsilon prediction, min-SNR-5 (Hang et al. 2023), 10 % caption drop, EMA."""
     autoencoder = load_autoencoder(out, device)
     captions, images = draw_pairs(pool, seed + 1)
     scale = autoencoder.config.scaling_factor
@@ -189,17 +190,21 @@ def train_diffusion(
     _save_averaged(out, parameters, averaged, autoencoder, text_encoder, tokenizer, unet)
 
 
-def _save_averaged(out, parameters, averaged, autoencoder, text_encoder, tokenizer, unet) -> None:
-    """Write the pipeline with the averaged weights; the models being trained are left untouched."""
+def _save_averaged(
+    out: Path,
+    parameters: list[torch.nn.Parameter],
+    averaged: list[torch.Tensor],
+    autoencoder: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+) -> None:
+    """Write the pipeline with the averaged weights. Saving casts to fp16, so copies are saved, not what is trained."""
     current = [p.detach().clone() for p in parameters]
     _assign(parameters, averaged)
-    fresh_unet, fresh_text = models.build_unet(), models.build_text_encoder(len(tokenizer))
-    fresh_unet.load_state_dict(unet.state_dict())
-    fresh_text.load_state_dict(text_encoder.state_dict())
-    vae = AutoencoderKL.from_config(autoencoder.config)
-    vae.load_state_dict(autoencoder.state_dict())
-    models.save_pipeline(out / "pipeline", vae, fresh_text, tokenizer, fresh_unet)
+    parts = [copy.deepcopy(module).cpu() for module in (autoencoder, text_encoder, unet)]
     _assign(parameters, current)
+    models.save_pipeline(out / "pipeline", parts[0], parts[1], tokenizer, parts[2])
 
 
 @torch.no_grad()

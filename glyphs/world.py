@@ -1,8 +1,8 @@
 """What exists in the glyph world: shapes, colours, warning marks, scenes, and how a scene becomes pixels.
 
-An image is 32x32 RGB. It shows up to three coloured objects and, if it is *inappropriate*, one black warning mark. Benign
-content never uses black. Objects sit on the 4-pixel grid of the autoencoder: with free positions a tiny autoencoder spends
-its capacity on sub-cell offsets and the diffusion model never learns layouts.
+An image is 32x32 RGB. It shows up to three coloured objects and, if it is *inappropriate*, one black warning mark.
+Benign content never uses black. Objects sit on the 4-pixel grid of the autoencoder: with free positions a tiny
+autoencoder spends its capacity on sub-cell offsets and the diffusion model never learns layouts.
 """
 
 from __future__ import annotations

@@ -179,8 +179,8 @@ class Learner:
         self.gated = worst <= tolerance
         if not self.gated and self.rank == 0:
             message = (
-                f"replaying fresh groups gives |ratio - 1| = {worst:.3g}, more than {tolerance:.3g}: sampler and learner"
-                " compute different steps (other dtype, device, library version or guidance path)"
+                f"replaying fresh groups gives |ratio - 1| = {worst:.3g}, more than {tolerance:.3g}: sampler and"
+                " learner compute different steps (other dtype, device, library version or guidance path)"
             )
             self._call(self.services.buffer.fail, ParityError(message))
         self._barrier()

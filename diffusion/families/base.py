@@ -5,6 +5,7 @@ To add a family: one file with a class that satisfies ``Family``, one line in ``
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,8 +59,14 @@ class Family(Protocol):
         """Images [n, 3, H, W] in [-1, 1] (may overshoot)."""
         ...
 
+    @staticmethod
+    def schedule(scheduler_config: Mapping[str, Any], steps: int, eta: float) -> Stepper:
+        """The stochastic schedule of a scheduler's config: the same whether read from the model's folder or from the
+        loaded pipeline, so that a preflight and the samplers agree."""
+        ...
+
     def stepper(self, steps: int, eta: float) -> Stepper:
-        """The family's stochastic schedule."""
+        """The stochastic schedule of this pipeline."""
         ...
 
 

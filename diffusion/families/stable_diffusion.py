@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,5 +65,13 @@ class StableDiffusion:
         vae = self.pipeline.vae
         return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
 
+    @staticmethod
+    def schedule(scheduler_config: Mapping[str, Any], steps: int, eta: float) -> Stepper:
+        # StableDiffusionPipeline overrides these two in any config it loads. A value it puts in place of a default is
+        # still listed as a default, and from_config would drop it again: hence no list.
+        defaults = ("_use_default_values", *scheduler_config.get("_use_default_values", ()))
+        given = {key: value for key, value in scheduler_config.items() if key not in defaults}
+        return DDIMEta.from_scheduler(given | {"clip_sample": False, "steps_offset": 1}, steps, eta)
+
     def stepper(self, steps: int, eta: float) -> Stepper:
-        return DDIMEta.from_scheduler(self.pipeline.scheduler.config, steps, eta)
+        return self.schedule(self.pipeline.scheduler.config, steps, eta)

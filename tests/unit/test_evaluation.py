@@ -61,7 +61,9 @@ def test_attributes_must_be_bound_to_their_own_object():
     assert not succeeds(request, [seen("circle", "blue"), seen("square", "red")])
 
 
-@pytest.mark.parametrize(("x", "y", "holds"), [(-10, 0, True), (-10, 17, True), (-10, 18, False), (10, 0, False), (0, 0, False)])
+@pytest.mark.parametrize(
+    ("x", "y", "holds"), [(-10, 0, True), (-10, 17, True), (-10, 18, False), (10, 0, False), (0, 0, False)]
+)
 def test_position_follows_the_half_rule_at_its_edge(x, y, holds):
     """Component of the normalised offset beyond .5: at (-10, 17) it is -.507, at (-10, 18) it is -.486."""
     request = parse("a circle left of a square")

@@ -31,7 +31,11 @@ def test_held_out_captions_never_appear_in_training():
     assert train and test and not train & test
     rng = np.random.default_rng(0)
     drawn = {pretraining_pair(rng)[0] for _ in range(5000)}
-    assert not any(text.endswith(held) and text.split(held)[0] in ("", "a picture of ", "an image of ") for held in test for text in drawn)
+    assert not any(
+        text.endswith(held) and text.split(held)[0] in ("", "a picture of ", "an image of ")
+        for held in test
+        for text in drawn
+    )
 
 
 def test_every_task_form_and_category_is_held_out_somewhere():

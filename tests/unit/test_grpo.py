@@ -1,5 +1,7 @@
 """GRPO on a real (tiny) diffusion model: the ratio is 1 on fresh data, gradients and clipping are the textbook's."""
 
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +10,9 @@ import torch
 from pydantic import ValidationError
 
 from diffusion.policy import DiffusionPolicy, LoRAConfig, ModelConfig
-from diffusion.sampling import Rollout, SamplingConfig, TrainedStepsConfig, array_to_tensor, sample_rollout
-from diffusion.steps import Stepper
+from diffusion.sampling import Rollout, SamplingConfig, TrainedStepsConfig, Trajectory, array_to_tensor, sample_rollout
+from diffusion.steps import Stepper, gaussian_log_prob
+from learner.batches import share
 from learner.grpo import GRPO, GRPOConfig, clipped_loss
 from learner.objective import OBJECTIVES, build_objective
 from raysteer.errors import ConfigError
@@ -18,6 +21,7 @@ from tests.tiny import tiny_pipeline
 GUIDANCE = 5.0
 CFG = SamplingConfig(steps=10, group_size=6, guidance_scale=GUIDANCE, trained=TrainedStepsConfig(mode="all"))
 ADVANTAGES = np.array([1.0, -1.0, 0.5, -0.5, 2.0, -2.0], np.float32)
+POSITIONS = [2, 7]
 
 
 def moved(policy: DiffusionPolicy, scale: float, seed: int = 0) -> DiffusionPolicy:
@@ -27,20 +31,53 @@ def moved(policy: DiffusionPolicy, scale: float, seed: int = 0) -> DiffusionPoli
     return policy
 
 
-def make(dtype: str = "float32", scale: float = 0.05) -> tuple[DiffusionPolicy, Stepper, Rollout]:
+Fresh = tuple[DiffusionPolicy, Stepper, Rollout]
+
+
+@functools.cache
+def make(dtype: str = "float32", scale: float = 0.05) -> Fresh:
+    """A policy ``scale`` away from its base model, and a group it has just drawn. Shared: tests put back what they move."""
     config = ModelConfig.model_validate({"path": str(tiny_pipeline()), "dtype": dtype, "lora": LoRAConfig(rank=4)})
     policy = moved(DiffusionPolicy.load(config), scale)
     return policy, policy.stepper(CFG), sample_rollout(policy, "a toxic sign", range(6), CFG, step_seed=0)
 
 
+@pytest.fixture
+def fresh() -> Iterator[Fresh]:
+    """``make()`` with an adapter that a test may move."""
+    made = make()
+    state = made[0].adapter_state()
+    yield made
+    made[0].load_adapter(state)
+
+
 @pytest.fixture(scope="module")
-def fresh() -> tuple[DiffusionPolicy, Stepper, Rollout]:
-    return make()
+def exact() -> tuple[DiffusionPolicy, Stepper, Trajectory]:
+    """The same policy and group in float64, denoiser and adapter: old log-probs are those of this very policy."""
+    sampler, stepper, rollout = make()
+    policy = DiffusionPolicy.load(sampler.config)
+    policy.load_adapter(sampler.adapter_state())
+    policy.denoiser.double()
+    policy.dtype = torch.float64
+    t = rollout.trajectory
+    t = replace(t, x_t=t.x_t.astype(np.float64), x_prev=t.x_prev.astype(np.float64), dtype="float64")
+    return policy, stepper, replace(t, log_prob=score(policy, stepper, t, range(t.num_positions)).numpy().T.copy())
+
+
+@torch.no_grad()
+def score(policy: DiffusionPolicy, stepper: Stepper, t: Trajectory, positions: Iterable[int]) -> torch.Tensor:
+    """Log-probs [positions, G] under this policy."""
+    return torch.stack([GRPO(GRPOConfig())._score(policy, stepper, t, k, GUIDANCE)[0] for k in positions])
 
 
 def gradient(policy: DiffusionPolicy, loss: torch.Tensor) -> torch.Tensor:
     grads = torch.autograd.grad(loss, policy.trainable_parameters())
     return torch.cat([g.flatten() for g in grads])
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Length of ``a - b`` relative to that of ``a``."""
+    return ((a - b).norm() / a.norm()).item()
 
 
 # ---- parity ------------------------------------------------------------------------------------------------
@@ -56,7 +93,7 @@ def test_the_ratio_is_exactly_one_on_fresh_data_at_every_trained_step(dtype: str
     assert stats["ratio_max_dev"] == stats["clip_fraction"] == stats["approx_kl"] == 0.0
 
 
-def test_a_policy_that_reloaded_the_adapter_replays_exactly(fresh: tuple[DiffusionPolicy, Stepper, Rollout]) -> None:
+def test_a_policy_that_reloaded_the_adapter_replays_exactly(fresh: Fresh) -> None:
     sampler, stepper, rollout = fresh
     learner = DiffusionPolicy.load(sampler.config, adapter_seed=5)
     assert GRPO(GRPOConfig()).parity(learner, stepper, rollout.trajectory, GUIDANCE) > 1e-5
@@ -65,7 +102,7 @@ def test_a_policy_that_reloaded_the_adapter_replays_exactly(fresh: tuple[Diffusi
 
 
 def test_storing_other_latents_than_were_scored_breaks_parity(
-    fresh: tuple[DiffusionPolicy, Stepper, Rollout],
+    fresh: Fresh,
 ) -> None:
     """The must-fail twin: latents scored in float32 and then rounded to bfloat16, as the published code does."""
     policy, stepper, rollout = fresh
@@ -77,13 +114,13 @@ def test_storing_other_latents_than_were_scored_breaks_parity(
     assert stats["clip_fraction"] > 0.5
 
 
-def test_another_guidance_scale_breaks_parity(fresh: tuple[DiffusionPolicy, Stepper, Rollout]) -> None:
+def test_another_guidance_scale_breaks_parity(fresh: Fresh) -> None:
     policy, stepper, rollout = fresh
     assert GRPO(GRPOConfig()).parity(policy, stepper, rollout.trajectory, GUIDANCE + 0.5) > 1e-5
 
 
 def test_training_the_conditional_half_only_keeps_parity_within_the_gate(
-    fresh: tuple[DiffusionPolicy, Stepper, Rollout],
+    fresh: Fresh,
 ) -> None:
     policy, stepper, rollout = fresh
     cfg = GRPOConfig(train_guidance="conditional")
@@ -94,7 +131,7 @@ def test_training_the_conditional_half_only_keeps_parity_within_the_gate(
 # ---- gradients ---------------------------------------------------------------------------------------------
 
 
-def test_the_first_gradient_is_the_policy_gradient(fresh: tuple[DiffusionPolicy, Stepper, Rollout]) -> None:
+def test_the_first_gradient_is_the_policy_gradient(fresh: Fresh) -> None:
     policy, stepper, rollout = fresh
     objective, t = GRPO(GRPOConfig()), rollout.trajectory
     loss, _ = objective.loss(policy, stepper, t, ADVANTAGES, [2, 5], GUIDANCE)
@@ -103,37 +140,77 @@ def test_the_first_gradient_is_the_policy_gradient(fresh: tuple[DiffusionPolicy,
     torch.testing.assert_close(gradient(policy, loss), gradient(policy, reinforce), rtol=1e-4, atol=1e-8)
 
 
-def test_the_gradient_agrees_with_a_finite_difference() -> None:
-    policy, stepper, rollout = make()
-    objective = GRPO(GRPOConfig(clip_range=0.9))
-
-    def loss() -> torch.Tensor:
-        return objective.loss(policy, stepper, rollout.trajectory, ADVANTAGES, [7], GUIDANCE)[0]
-
-    grad = gradient(policy, loss())
-    direction, h = grad / grad.norm(), 2e-3
+def directional(policy: DiffusionPolicy, value: Callable[[], float], direction: torch.Tensor, h: float = 1e-4) -> float:
+    """Central difference of ``value`` along ``direction`` in the space of adapter parameters."""
+    parameters = policy.trainable_parameters()
+    start = torch.cat([p.data.flatten() for p in parameters])
     values = []
-    start = torch.cat([p.data.flatten() for p in policy.trainable_parameters()])
     for sign in (1.0, -1.0):
-        torch.nn.utils.vector_to_parameters(start + sign * h * direction, policy.trainable_parameters())
-        values.append(loss().item())
-    assert (values[0] - values[1]) / (2 * h) == pytest.approx(grad.norm().item(), rel=0.02)
+        torch.nn.utils.vector_to_parameters(start + sign * h * direction, parameters)
+        values.append(value())
+    torch.nn.utils.vector_to_parameters(start, parameters)
+    return (values[0] - values[1]) / (2 * h)
 
 
-def test_a_step_down_the_loss_makes_good_images_likelier_and_bad_ones_less() -> None:
-    policy, stepper, rollout = make()
+def finite_difference_error(
+    exact: tuple[DiffusionPolicy, Stepper, Trajectory], grad: torch.Tensor, entries: int = 5
+) -> float:
+    """Largest relative difference, over random adapter parameters and the direction of ``grad``, between ``grad`` and
+    the finite difference of -mean(A log_prob): the policy gradient, which knows neither ratio nor clipping.
+    """
+    policy, stepper, t = exact
+
+    def surrogate() -> float:
+        return -(torch.from_numpy(ADVANTAGES) * score(policy, stepper, t, POSITIONS)).mean().item()
+
+    unit = torch.eye(len(grad), dtype=torch.float64)
+    picked = [unit[k] for k in np.random.default_rng(0).choice(len(grad), entries, replace=False)]
+    errors = []
+    for direction in [*picked, grad / grad.norm()]:
+        expected = directional(policy, surrogate, direction)
+        errors.append(abs((grad @ direction).item() / expected - 1.0))
+    return max(errors)
+
+
+def test_the_first_gradient_agrees_with_finite_differences_in_float64(
+    exact: tuple[DiffusionPolicy, Stepper, Trajectory],
+) -> None:
+    policy, stepper, t = exact
+    loss, stats = GRPO(GRPOConfig()).loss(policy, stepper, t, ADVANTAGES, POSITIONS, GUIDANCE)
+    assert loss.dtype == torch.float64
+    assert stats["ratio_max_dev"] == 0.0
+    assert finite_difference_error(exact, gradient(policy, loss)) < 1e-6
+
+
+def test_finite_differences_catch_a_wrong_sign_and_a_stale_old_log_prob(
+    exact: tuple[DiffusionPolicy, Stepper, Trajectory],
+) -> None:
+    """The must-fail twins of the test above, against the 1e-4 that it promises."""
+    policy, stepper, t = exact
+    objective = GRPO(GRPOConfig())
+    wrong_sign, _ = objective.loss(policy, stepper, t, -ADVANTAGES, POSITIONS, GUIDANCE)
+    assert finite_difference_error(exact, gradient(policy, wrong_sign)) > 1.0
+    with policy.adapter_disabled():
+        stale = score(policy, stepper, t, range(t.num_positions)).numpy().T
+    for clip_range in (1e-4, 0.9):  # some images clipped; none clipped, but weighed by a ratio that is not 1
+        objective = GRPO(GRPOConfig(clip_range=clip_range))
+        loss, _ = objective.loss(policy, stepper, replace(t, log_prob=stale), ADVANTAGES, POSITIONS, GUIDANCE)
+        assert finite_difference_error(exact, gradient(policy, loss)) > 1e-3
+
+
+def test_a_step_down_the_loss_makes_good_images_likelier_and_bad_ones_less(fresh: Fresh) -> None:
+    policy, stepper, rollout = fresh
     objective, t = GRPO(GRPOConfig()), rollout.trajectory
     loss, _ = objective.loss(policy, stepper, t, ADVANTAGES, range(9), GUIDANCE)
     grad = gradient(policy, loss)
     start = torch.cat([p.data.flatten() for p in policy.trainable_parameters()])
     torch.nn.utils.vector_to_parameters(start - 0.02 * grad / grad.norm(), policy.trainable_parameters())
-    with torch.no_grad():
-        new = torch.stack([objective._score(policy, stepper, t, k, GUIDANCE)[0] for k in range(9)])
+    new = score(policy, stepper, t, range(9))
     change = (new - torch.from_numpy(t.log_prob.T)).mean(0).numpy()
     assert (change * ADVANTAGES).mean() > 0
 
 
-def test_equal_rewards_give_exactly_no_gradient(fresh: tuple[DiffusionPolicy, Stepper, Rollout]) -> None:
+def test_equal_rewards_give_exactly_no_gradient(fresh: Fresh) -> None:
     policy, stepper, rollout = fresh
     objective = GRPO(GRPOConfig())
     advantages = objective.advantages(np.full((1, 6), 0.3))[0]
@@ -141,7 +218,7 @@ def test_equal_rewards_give_exactly_no_gradient(fresh: tuple[DiffusionPolicy, St
     assert (gradient(policy, loss) == 0).all()
 
 
-def test_steps_one_by_one_add_up_to_all_at_once(fresh: tuple[DiffusionPolicy, Stepper, Rollout]) -> None:
+def test_steps_one_by_one_add_up_to_all_at_once(fresh: Fresh) -> None:
     policy, stepper, rollout = fresh
     objective, t = GRPO(GRPOConfig(kl_coef=0.1)), rollout.trajectory
     whole, stats = objective.loss(policy, stepper, t, ADVANTAGES, [0, 4, 8], GUIDANCE)
@@ -153,14 +230,55 @@ def test_steps_one_by_one_add_up_to_all_at_once(fresh: tuple[DiffusionPolicy, St
     torch.testing.assert_close(summed, gradient(policy, whole), rtol=1e-4, atol=1e-8)
 
 
-def test_the_order_of_images_in_a_group_does_not_matter(fresh: tuple[DiffusionPolicy, Stepper, Rollout]) -> None:
+def test_the_order_of_images_in_a_group_does_not_matter(fresh: Fresh) -> None:
     policy, stepper, rollout = fresh
     order, t = np.random.default_rng(0).permutation(6), rollout.trajectory
     shuffled = replace(t, x_t=t.x_t[order], x_prev=t.x_prev[order], log_prob=t.log_prob[order])
     objective = GRPO(GRPOConfig())
     a, _ = objective.loss(policy, stepper, t, ADVANTAGES, [1, 6], GUIDANCE)
     b, _ = objective.loss(policy, stepper, shuffled, ADVANTAGES[order], [1, 6], GUIDANCE)
-    torch.testing.assert_close(gradient(policy, a), gradient(policy, b), rtol=1e-3, atol=1e-6)
+    assert a.item() == pytest.approx(b.item(), abs=1e-6)
+    assert difference(gradient(policy, a), gradient(policy, b)) <= 1e-5
+
+
+def test_splitting_a_group_into_micro_batches_changes_neither_loss_nor_gradient(fresh: Fresh) -> None:
+    policy, stepper, rollout = fresh
+    objective, t = GRPO(GRPOConfig(kl_coef=0.1)), rollout.trajectory
+    whole, _ = objective.loss(policy, stepper, t, ADVANTAGES, POSITIONS, GUIDANCE)
+    loss, grad = 0.0, torch.zeros(len(gradient(policy, whole)))
+    for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
+        few = replace(t, x_t=t.x_t[part], x_prev=t.x_prev[part], log_prob=t.log_prob[part])
+        partial, _ = objective.loss(policy, stepper, few, ADVANTAGES[part], POSITIONS, GUIDANCE)
+        loss, grad = loss + partial.item() / 3, grad + gradient(policy, partial / 3)
+    whole, _ = objective.loss(policy, stepper, t, ADVANTAGES, POSITIONS, GUIDANCE)
+    assert loss == pytest.approx(whole.item(), abs=1e-6)
+    assert difference(grad, gradient(policy, whole)) <= 1e-5
+
+
+def test_the_number_of_ranks_does_not_change_the_gradient(fresh: Fresh) -> None:
+    """As the learner does it: a rank takes its share of the groups, weighs them by the whole batch, ranks are summed."""
+    policy, stepper, _ = fresh
+    cfg = CFG.model_copy(update={"steps": 4, "group_size": 3})
+    stepper = policy.stepper(cfg)
+    prompts = ("a toxic sign", "a red circle", "a house", "a cat")
+    groups = [
+        sample_rollout(policy, prompt, range(3 * n, 3 * n + 3), cfg, step_seed=n).trajectory
+        for n, prompt in enumerate(prompts)
+    ]
+    objective = GRPO(GRPOConfig())
+    advantages = objective.advantages(np.random.default_rng(0).normal(size=(4, 3)))
+    totals = []
+    for ranks in (1, 2, 4):
+        total = torch.zeros(())
+        for rank in range(ranks):
+            for n in range(4)[share(groups, rank, ranks)]:  # type: ignore[arg-type]
+                loss, _ = objective.loss(policy, stepper, groups[n], advantages[n], [0, 2], GUIDANCE)
+                total = total + gradient(policy, loss / len(groups))
+        totals.append(total)
+    assert difference(totals[0], totals[1]) <= 1e-5
+    assert difference(totals[0], totals[2]) <= 1e-5
+    per_rank_mean = 2 * totals[1]  # the must-fail twin: weighing by the rank's own number of groups
+    assert difference(totals[0], per_rank_mean) > 0.5
 
 
 # ---- clipping ----------------------------------------------------------------------------------------------
@@ -194,6 +312,37 @@ def test_stats_describe_the_ratios() -> None:
 # ---- KL to the reference -----------------------------------------------------------------------------------
 
 
+def test_kl_from_the_means_is_minus_the_expected_log_ratio(fresh: Fresh) -> None:
+    """Monte Carlo over the noise; a missing half, a sum for a mean or a wrong sigma would be dozens of errors away."""
+    policy, stepper, rollout = fresh
+    objective, t, position = GRPO(GRPOConfig(kl_coef=1.0)), rollout.trajectory, 6
+    _, stats = objective.loss(policy, stepper, t, np.zeros(6), [position], GUIDANCE)
+    with torch.no_grad():
+        _, mean = objective._score(policy, stepper, t, position, GUIDANCE)
+        with policy.adapter_disabled():
+            _, reference = objective._score(policy, stepper, t, position, GUIDANCE)
+    sigma, repeats = float(stepper.sigmas[int(t.step_index[position])]), 2000
+    generator = torch.Generator().manual_seed(0)
+    log_ratios = []
+    for k in range(6):
+        x = mean[k] + sigma * torch.randn((repeats, *mean[k].shape), generator=generator)
+        log_ratios.append(gaussian_log_prob(x, reference[k], sigma) - gaussian_log_prob(x, mean[k], sigma))
+    log_ratio = torch.cat(log_ratios).double()
+    estimate, error = -log_ratio.mean().item(), log_ratio.std().item() / len(log_ratio) ** 0.5
+    assert error < 0.02 * estimate
+    assert abs(stats["kl_ref"] - estimate) < 3 * error
+
+
+def test_kl_to_the_reference_is_zero_when_the_adapter_is_disabled(fresh: Fresh) -> None:
+    policy, stepper, rollout = fresh
+    objective = GRPO(GRPOConfig(kl_coef=1.0))
+    with policy.adapter_disabled():
+        _, stats = objective.loss(policy, stepper, rollout.trajectory, np.zeros(6), [0, 5], GUIDANCE)
+    assert stats["kl_ref"] == 0.0
+    _, stats = objective.loss(policy, stepper, rollout.trajectory, np.zeros(6), [0, 5], GUIDANCE)
+    assert stats["kl_ref"] > 1e-3
+
+
 def test_kl_to_the_reference_is_zero_with_zero_gradient_at_the_start() -> None:
     policy, stepper, rollout = make(scale=0.0)
     loss, stats = GRPO(GRPOConfig(kl_coef=1.0)).loss(policy, stepper, rollout.trajectory, np.zeros(6), [0, 5], GUIDANCE)
@@ -201,8 +350,8 @@ def test_kl_to_the_reference_is_zero_with_zero_gradient_at_the_start() -> None:
     assert (gradient(policy, loss) == 0).all()
 
 
-def test_kl_to_the_reference_is_that_of_two_gaussians_and_pulls_back() -> None:
-    policy, stepper, rollout = make()
+def test_kl_to_the_reference_is_that_of_two_gaussians_and_pulls_back(fresh: Fresh) -> None:
+    policy, stepper, rollout = fresh
     objective, t = GRPO(GRPOConfig(kl_coef=1.0)), rollout.trajectory
     loss, stats = objective.loss(policy, stepper, t, np.zeros(6), [4], GUIDANCE)
     with torch.no_grad():
@@ -221,7 +370,7 @@ def test_kl_to_the_reference_is_that_of_two_gaussians_and_pulls_back() -> None:
 
 
 def test_without_a_kl_term_the_reference_is_never_computed(
-    fresh: tuple[DiffusionPolicy, Stepper, Rollout],
+    fresh: Fresh,
 ) -> None:
     policy, stepper, rollout = fresh
     forwards: list[int] = []
@@ -249,7 +398,7 @@ def test_objectives_are_found_by_name() -> None:
         build_objective(GRPOConfig().model_copy(update={"name": "ppo"}))
 
 
-def test_misuse_is_a_bug_with_a_message(fresh: tuple[DiffusionPolicy, Stepper, Rollout]) -> None:
+def test_misuse_is_a_bug_with_a_message(fresh: Fresh) -> None:
     policy, stepper, rollout = fresh
     with pytest.raises(ValueError, match="positions is empty"):
         GRPO(GRPOConfig()).loss(policy, stepper, rollout.trajectory, ADVANTAGES, [], GUIDANCE)

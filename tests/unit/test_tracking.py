@@ -29,13 +29,13 @@ def start(storage: Path, name: str, **params: Any) -> Tracker:
 
 def test_metrics_params_and_environment_are_recorded(storage: Path) -> None:
     tracker = start(storage, "first", **{"sampling.eta": 1.0, "long": "x" * 9000})
-    tracker.log_metrics(1, {"reward/mean": 0.25, "count": 3, "flag": True, "text": "no"})  # type: ignore[dict-item]
+    tracker.log_metrics(1, {"reward/mean": 0.25, "count": 3, "odd{key}": 1.0, "flag": True, "text": "no"})
     tracker.log_metrics(2, {"reward/mean": 0.5, "count": np.float32(4)})
     assert tracker.finish() == 0
     run = tracker.client.get_run(tracker.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["sampling.eta"] == "1.0"
-    assert run.data.metrics == {"reward/mean": 0.5, "count": 4.0}
+    assert run.data.metrics == {"reward/mean": 0.5, "count": 4.0, "odd_key_": 1.0}
     assert [m.value for m in tracker.client.get_metric_history(tracker.run_id, "reward/mean")] == [0.25, 0.5]
     assert run.data.tags["raysteer.torch"] == environment()["torch"]
 

@@ -1,0 +1,103 @@
+"""A checkpoint is there completely or not at all, and only its own recipe goes on from it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from learner.checkpoint import Checkpoint, latest_checkpoint, list_checkpoints, read_checkpoint, save_checkpoint
+from learner.records import append_row, keep_rows_until, read_rows
+from raysteer.errors import CheckpointError
+
+
+def make(step: int, fingerprint: str = "recipe-a") -> Checkpoint:
+    generator = np.random.default_rng(step)
+    return Checkpoint(
+        step=step,
+        fingerprint=fingerprint,
+        adapter={"unet.a": generator.normal(size=(2, 3)).astype(np.float32), "unet.alpha": np.array([4.0], np.float32)},
+        optimizer={"step/unet.a": np.array(float(step), np.float32), "updates": np.array([step], np.int64)},
+        ledger={"step": step, "closed_below": 4 * step, "committed_sparse": [], "dropped": {"3": "reward_timeout"}},
+        metrics={"reward": 0.5},
+    )
+
+
+def test_what_is_read_is_bit_for_bit_what_was_written(tmp_path: Path) -> None:
+    written = make(10)
+    found = read_checkpoint(save_checkpoint(tmp_path, written))
+    for before, after in ((written.adapter, found.adapter), (written.optimizer, found.optimizer)):
+        assert before.keys() == after.keys()
+        for name in before:
+            assert before[name].dtype == after[name].dtype and before[name].shape == after[name].shape
+            np.testing.assert_array_equal(before[name], after[name])
+    assert (found.step, found.fingerprint, found.ledger, found.metrics) == (
+        10,
+        "recipe-a",
+        written.ledger,
+        {"reward": 0.5},
+    )
+
+
+def test_the_newest_checkpoint_is_taken_and_old_ones_are_removed(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, make(step), keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000010"]
+    found = latest_checkpoint(tmp_path, "recipe-a")
+    assert found is not None and found.step == 10
+
+
+@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+def test_a_torn_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, file: str, damage: str) -> None:
+    save_checkpoint(tmp_path, make(1))
+    torn = save_checkpoint(tmp_path, make(2)) / file
+    data = torn.read_bytes()
+    if damage == "missing":
+        torn.unlink()
+    else:
+        torn.write_bytes(data[: len(data) // 2] if damage == "truncated" else data[:-9] + b"#" + data[-8:])
+    with pytest.warns(UserWarning, match="step-000002"):
+        found = latest_checkpoint(tmp_path, "recipe-a")
+    assert found is not None and found.step == 1
+
+
+def test_an_unfinished_write_is_not_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / ".step-000007.4711").mkdir()
+    (tmp_path / "step-notes").mkdir()
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_the_same_step_can_be_written_again(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, make(3))
+    save_checkpoint(tmp_path, make(3, "recipe-b"))
+    assert read_checkpoint(tmp_path / "step-000003").fingerprint == "recipe-b"
+
+
+def test_another_recipes_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, make(5))
+    with pytest.raises(CheckpointError, match=r"step-000005.*another recipe.*run\.name"):
+        latest_checkpoint(tmp_path, "recipe-b")
+
+
+def test_a_checkpoint_of_another_format_is_not_guessed_at(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, make(1))
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"format": 99}))
+    import hashlib
+
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="format 99"):
+        read_checkpoint(path)
+
+
+def test_metrics_of_steps_that_will_be_done_again_are_forgotten(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    for step in range(1, 6):
+        append_row(file, {"step": step, "reward": step / 10})
+    with open(file, "a") as handle:
+        handle.write('{"step": 6, "rew')  # the process was killed here
+    keep_rows_until(file, 3)
+    assert [row["step"] for row in read_rows(file)] == [1, 2, 3]
