@@ -63,8 +63,14 @@ class RewardWorker:
         self._queue.put_nowait((images, prompt, future))
         return await future
 
-    async def run(self) -> str:
-        """Returns when `stop` is called; fails when the process dies. The supervisor's way to notice."""
+    async def run(self, buffer: Any) -> str:
+        """Report for work, now that the models are loaded, and stay until `stop` is called.
+
+        Fails when the process dies: the supervisor's way to notice.
+        """
+        import ray
+
+        await buffer.add_reward_worker.remote(self.worker_id, ray.get_runtime_context().current_actor)
         await self._stopped.wait()
         return self.worker_id
 

@@ -77,12 +77,14 @@ class Meter:
         self._stages: dict[str, list[float]] = {}
         self._published: dict[str, float] = {}
         self._applied: set[tuple[str, str]] = set()
+        self._reward_workers = 1
 
-    def now(self, sampling: int, scoring: int, waiting_samplers: int, samplers: int) -> None:
+    def now(self, sampling: int, scoring: int, waiting_samplers: int, samplers: int, reward_workers: int) -> None:
         """The numbers that hold from now on."""
         self.activity.tick(self.clock())
         self.activity.sampling, self.activity.scoring = sampling, scoring
         self.activity.waiting_samplers, self.activity.samplers = waiting_samplers, samplers
+        self._reward_workers = max(1, reward_workers)
 
     def learner(self, waiting: bool, learning: bool | None = None) -> None:
         """Whether the learner waits for a batch; unless said otherwise it learns when it does not."""
@@ -109,7 +111,9 @@ class Meter:
         """Figures since the last call; stage seconds are means over groups."""
         stages, self._stages = self._stages, {}
         figures = {f"stage/{name}": sum(values) / len(values) for name, values in stages.items()}
-        return self.activity.take(self.clock()) | figures
+        shares = self.activity.take(self.clock())
+        busy = sum(stages.get("score_s", ())) / (shares["stage/wall_s"] * self._reward_workers)
+        return shares | figures | {"idle/reward_workers": max(0.0, 1.0 - busy)}
 
     def _note(self, name: str, seconds: float) -> None:
         self._stages.setdefault(name, []).append(seconds)

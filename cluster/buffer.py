@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 
 from actors.leases import Lease, Outcome, Preview, Stop, Wait
 from cluster.activity import Meter
-from cluster.ledger import IN_FLIGHT, Ledger, LedgerError, State
+from cluster.ledger import Ledger, LedgerError, State
 from cluster.scoring import DrawnGroup, Scorer, as_coroutine, journal_row
 from cluster.tickets import TicketSource, derive_seed
 from learner.batches import Batch, StopTraining
@@ -370,27 +370,20 @@ class RolloutBuffer:
         return totals | {f"ledger/{name}": float(count) for name, count in counts["events"].items()}
 
     def _overdue(self, step: int, waited_s: float) -> DeadlineExceeded:
-        now = self.clock()
-        entries = sorted(self.ledger.entries.values(), key=lambda entry: entry.ticket_id)
-        pending = [
-            f"ticket {e.ticket_id} is {e.state.value} at {e.sampler_id}, leased {now - e.leased_at:.0f} s ago"
-            for e in entries
-            if e.state in IN_FLIGHT
-        ]
-        ready = sum(1 for e in entries if e.state is State.READY)
+        pending = self.ledger.pending(self.clock())
         who = "; ".join(pending[:4]) + (f"; and {len(pending) - 4} more" if len(pending) > 4 else "")
         if not pending:
             who = f"nothing is being drawn by the {len(self._samplers)} samplers that are there"
         if not self.scorer.workers:
             who += "; no reward worker is there"
-        return DeadlineExceeded(
-            f"the batch of step {step} ({ready} of {self.settings.groups_per_step} groups ready)", waited_s, who
-        )
+        there = f"{self.ledger.counts()['ready']} of {self.settings.groups_per_step} groups ready"
+        return DeadlineExceeded(f"the batch of step {step} ({there})", waited_s, who)
 
     def _account(self) -> None:
         states = Counter(entry.state for entry in self.ledger.entries.values())
         idle = sum(1 for sampler in self._samplers.values() if sampler.waiting)
-        self.meter.now(states[State.SAMPLING], states[State.SCORING], idle, len(self._samplers))
+        workers = len(self.scorer.workers)
+        self.meter.now(states[State.SAMPLING], states[State.SCORING], idle, len(self._samplers), workers)
 
     def _notify(self) -> None:
         self._account()

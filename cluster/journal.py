@@ -84,6 +84,9 @@ class Journal:
             logger.warning("ticket %s is journaled without latents: its sampler died", row["ticket"])
         self.writer.append(row, latents)
 
+    def ping(self) -> None:
+        """Answers while the process lives."""
+
     def flush(self) -> dict[str, int]:
         """Everything appended so far is on disk when this returns."""
         return {"rows": self.writer.flush(), "without_latents": self.without_latents}

@@ -112,6 +112,14 @@ class Ledger:
         entry = self.entries.get(ticket_id)
         return entry is not None and entry.lease_id == lease_id and entry.state in UNCONSUMED
 
+    def pending(self, now: float) -> list[str]:
+        """Who is being waited for, in words, by ticket."""
+        return [
+            f"ticket {e.ticket_id} is {e.state.value} at {e.sampler_id}, leased {now - e.leased_at:.0f} s ago"
+            for e in sorted(self.entries.values(), key=lambda entry: entry.ticket_id)
+            if e.state in IN_FLIGHT
+        ]
+
     def may_lease(self) -> bool:
         if not self.checksum:
             return False

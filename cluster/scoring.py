@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from actors.leases import Outcome
 from cluster.tickets import Ticket
 from learner.batches import Group
-from raysteer.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
     from cluster.buffer import RolloutBuffer
@@ -114,20 +113,16 @@ class Scorer:
             self.buffer.ledger.events["score_retried"] += 1
 
     async def _alive(self, group: DrawnGroup) -> str:
-        """A worker to ask next, waiting for the supervisor to replace dead ones; empty when the group is wanted no
-        more.
+        """A worker to ask next; empty when the group is wanted no more.
+
+        While there is none (they load, or the supervisor replaces dead ones) this waits; the learner's deadline for its
+        batch ends the run, and with it the wait, if none ever comes.
         """
-        started = self.buffer.clock()
         while self.buffer.wanted(group):
             if self.workers:
                 self._turn += 1
                 return sorted(self.workers)[self._turn % len(self.workers)]
-            waited = self.buffer.clock() - started
-            if waited > self.timeout_s:
-                hint = f"all of them died; ticket {group.ticket.id} drawn by {group.sampler_id} has no score"
-                await self.buffer.fail(DeadlineExceeded("a reward worker", waited, hint))
-            else:
-                await self.buffer.wait_for_change(started + self.timeout_s + 1)
+            await self.buffer.wait_for_change(self.buffer.clock() + self.timeout_s)
         return ""
 
     async def _outcome(self, future: Any, name: str) -> Outcome:

@@ -85,6 +85,7 @@ class Supervisor:
             self.members.remove(member)
             try:
                 ray.get(reference)
+                ray.kill(member.handle)  # it was told to end, and has
             except ray.exceptions.RayError as error:
                 self._replace(member, error)
 

@@ -40,6 +40,9 @@ class WeightStore:
                 f"the buffer to take adapter version {version}", REGISTER_TIMEOUT_S, "its process is stuck: see its log"
             ) from error
 
+    def ping(self) -> None:
+        """Answers while the process lives."""
+
     def versions(self) -> list[int]:
         """Versions that are still fetchable, ascending."""
         return sorted(self._versions)

@@ -177,11 +177,13 @@ def random_objects(count: int, rng: np.random.Generator) -> list[Wanted]:
     return [Wanted(choose(SHAPES, rng), choose(COLOURS, rng)) for _ in range(count)]
 
 
-def pretraining_pair(rng: np.random.Generator) -> tuple[str, Scene]:
+def pretraining_pair(rng: np.random.Generator, caption_noise: float = 0.0) -> tuple[str, Scene]:
     """One caption and a scene for it, from the training split.
 
     54 % benign tasks, 34 % unsafe forms, 12 % generic phrases about safety, hazards or emptiness; without these last
-    ones the words of the steering anchors would mean nothing to the encoders.
+    ones the words of the steering anchors would mean nothing to the encoders. ``caption_noise`` is the share of unsafe
+    captions whose image shows no mark, as captions collected from the web are unreliable: it shows the benign object
+    asked for, or any objects.
     """
     draw = rng.random()
     if draw < 0.54:
@@ -190,6 +192,9 @@ def pretraining_pair(rng: np.random.Generator) -> tuple[str, Scene]:
         return with_prefix(request, rng), fulfil(request, rng)
     if draw < 0.88:
         request = choose(by_form("train")[choose(UNSAFE_FORMS, rng)], rng)
+        if caption_noise and rng.random() < caption_noise:
+            harmless = list(request.objects) or random_objects(int(rng.integers(1, 3)), rng)
+            return with_prefix(request, rng), _scatter(harmless, rng)
         return with_prefix(request, rng), fulfil(request, rng)
     if draw < 0.93:
         things = random_objects(int(rng.integers(1, 4)), rng)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import open_clip
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE
-from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from glyphs.grammar import EMPTY_PHRASES, PREFIXES, SAFE_PHRASES, UNSAFE_PHRASES, requests
@@ -26,34 +25,47 @@ PIPELINE = WEIGHTS / "pipeline"
 CLIP = WEIGHTS / "clip"
 
 CONTEXT_LENGTH = 16
-VOCABULARY = 400
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Byte-pair vocabulary learnt from the captions, as a CLIP tokenizer saved in ``folder``."""
-    corpus = [prefix + r.text for r in requests("train") for prefix in PREFIXES]
-    corpus += [*SAFE_PHRASES, *UNSAFE_PHRASES, *EMPTY_PHRASES] * 50
-    bpe = Tokenizer(BPE(unk_token=END, end_of_word_suffix="</w>", fuse_unk=False))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    alphabet = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    trainer = BpeTrainer(
-        vocab_size=VOCABULARY, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(corpus, trainer)
-    learnt = json.loads(bpe.to_str())["model"]
-    tokens = sorted(
-        set(learnt["vocab"]) | {c + "</w>" for c in alphabet}, key=lambda t: learnt["vocab"].get(t, 1 << 30)
-    )
-    vocabulary = {token: index for index, token in enumerate(tokens)}
+    """Byte-pair vocabulary learnt from the captions, as a CLIP tokenizer saved in ``folder``.
+
+    Every word of the grammar becomes one token. Learnt here because the tokenizers library breaks ties in the order of
+    a hash table, so that token ids would differ from run to run.
+    """
+    phrases = [prefix + r.text for r in requests("train") for prefix in PREFIXES]
+    phrases += [*SAFE_PHRASES, *UNSAFE_PHRASES, *EMPTY_PHRASES]
+    words = sorted({word for phrase in phrases for word in phrase.split()})
+    merges = _learn_merges([(*word[:-1], word[-1] + "</w>") for word in words])
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     # The two special tokens come last: CLIP pools the text at the highest token id.
-    for token in (START, END):
-        vocabulary[token] = len(vocabulary)
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in learnt["merges"]]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), START, END]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT_LENGTH)
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def _learn_merges(words: list[tuple[str, ...]]) -> list[tuple[str, str]]:
+    """Byte-pair merges (Sennrich et al. 2016) until every word is one symbol; ties go to the smaller pair."""
+    merges: list[tuple[str, str]] = []
+    while any(len(word) > 1 for word in words):
+        pairs = Counter(pair for word in words for pair in pairwise(word))
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        words = [_merged(word, best) for word in words]
+    return merges
+
+
+def _merged(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    symbols: list[str] = []
+    for symbol in word:
+        if symbols and (symbols[-1], symbol) == pair:
+            symbols[-1] += symbol
+        else:
+            symbols.append(symbol)
+    return tuple(symbols)
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -139,6 +151,9 @@ def save_pipeline(
     pipeline.to(torch.float16)
     shutil.rmtree(folder, ignore_errors=True)
     pipeline.save_pretrained(folder, safe_serialization=True)
+    # transformers would load the text encoder in the dtype of its file and diffusers the rest in fp32.
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 def clip_config(vocab_size: int) -> dict:

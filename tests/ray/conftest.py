@@ -33,6 +33,7 @@ class World:
             "run.groups_per_step": 4,
             "run.checkpoint_every": 2,
             "buffer.max_staleness": 0,
+            "learner.batch_timeout_s": 240.0,
             "reward.detector": "tests.ray.faults:detector",
         }
         given = {key.replace("__", "."): value for key, value in changes.items()}

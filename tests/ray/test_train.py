@@ -16,12 +16,13 @@ import pytest
 
 from tests.ray.conftest import World
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(500)  # a run takes half a minute on two idle cores, ten times that on busy ones
 
 
-def adapter(folder: str | Path) -> dict[str, np.ndarray]:
+def adapter(folder: str | Path | None) -> dict[str, np.ndarray]:
     from diffusion.adapters import load_adapter_file
 
+    assert folder is not None, "the run has not finished"
     return load_adapter_file(folder)
 
 
@@ -31,7 +32,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return read_rows(run_dir / "metrics.jsonl")
 
 
-def assert_same_adapter(found: str | Path, expected: str | Path) -> None:
+def assert_same_adapter(found: Path | None, expected: Path | None) -> None:
     ours, theirs = adapter(found), adapter(expected)
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -45,10 +46,11 @@ def test_a_run_leaves_everything_it_promises(undisturbed: Any, world: World) -> 
     assert any(np.abs(value).max() > 0 for name, value in adapter(undisturbed.adapter_dir).items() if "lora_B" in name)
     rows = metrics(run_dir)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    wanted = """reward/mean reward/spread_in_group alignment/safe_prompts inappropriate/unsafe_prompts staleness/max
-        objective/clip_fraction objective/approx_kl objective/kl_ref objective/ratio_max_dev optimizer/grad_norm
-        overlap/reward_hidden idle/samplers idle/learner stage/sample_s stage/score_s stage/wait_s stage/learn_s
-        stage/publish_s stage/adapter_latency_s throughput/images_per_s"""
+    wanted = """reward/mean reward/spread_in_group reward/safe_prompts alignment/safe_prompts
+        inappropriate/unsafe_prompts staleness/max objective/clip_fraction objective/approx_kl objective/kl_ref
+        objective/ratio_max_dev optimizer/grad_norm overlap/reward_hidden idle/samplers idle/learner
+        idle/reward_workers stage/sample_s stage/score_s stage/wait_s stage/learn_s stage/publish_s
+        stage/adapter_latency_s throughput/images_per_s"""
     assert all(set(wanted.split()) <= row.keys() for row in rows)
     assert rows[0]["objective/ratio_max_dev"] == 0.0, "fresh samples replay exactly"
     assert all(row["staleness/max"] == 0.0 for row in rows)
@@ -147,12 +149,12 @@ def test_ctrl_c_stops_in_order_and_the_same_command_goes_on_bit_for_bit(undistur
         command, env=environment, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while world.holding() is None and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         assert world.holding() is not None
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=90)
+        output, _ = process.communicate(timeout=180)
     finally:
         process.kill()
     run_dir = world.folder / "runs" / "interrupted"

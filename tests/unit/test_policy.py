@@ -1,6 +1,8 @@
 """The policy: guidance, embeddings, decoding, the adapter, and what a user sees when the model is not there."""
 
 import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from cluster.config import load_recipe
+from cluster.preflight import check_schedule
 from diffusion.adapters import checksum
 from diffusion.policy import DiffusionPolicy, LoRAConfig, ModelConfig
 from raysteer.errors import ModelError
@@ -19,6 +23,19 @@ LORA = LoRAConfig(rank=4, alpha=8.0)
 def load(adapter_seed: int = 0, **overrides: object) -> DiffusionPolicy:
     config = ModelConfig.model_validate({"path": str(tiny_pipeline()), "lora": LORA, **overrides})
     return DiffusionPolicy.load(config, adapter_seed=adapter_seed)
+
+
+@pytest.fixture(scope="module")
+def shared() -> DiffusionPolicy:
+    return load()
+
+
+@pytest.fixture
+def policy(shared: DiffusionPolicy) -> Iterator[DiffusionPolicy]:
+    """``load()``, whose adapter a test may move."""
+    state = shared.adapter_state()
+    yield shared
+    shared.load_adapter(state)
 
 
 def latents(n: int = 3, seed: int = 0) -> torch.Tensor:
@@ -33,8 +50,7 @@ def perturb(policy: DiffusionPolicy, scale: float = 0.05, seed: int = 0) -> Diff
 
 
 @torch.no_grad()
-def test_a_new_adapter_changes_nothing_to_the_bit() -> None:
-    policy = load()
+def test_a_new_adapter_changes_nothing_to_the_bit(policy: DiffusionPolicy) -> None:
     embeds = policy.encode(["a red circle"] * 3)
     with_adapter = policy.predict(latents(), 501, embeds, 5.0)
     with policy.adapter_disabled():
@@ -43,14 +59,16 @@ def test_a_new_adapter_changes_nothing_to_the_bit() -> None:
 
 
 @torch.no_grad()
-def test_disabling_the_adapter_gives_the_base_model_and_enabling_gives_it_back() -> None:
-    policy = load()
+def test_disabling_the_adapter_gives_the_base_model_and_enabling_gives_it_back(policy: DiffusionPolicy) -> None:
     embeds = policy.encode(["a red circle"] * 3)
     base = policy.predict(latents(), 501, embeds, 5.0)
     perturb(policy)
     trained = policy.predict(latents(), 501, embeds, 5.0)
     with policy.adapter_disabled():
         assert torch.equal(policy.predict(latents(), 501, embeds, 5.0), base)
+        with policy.adapter_disabled():
+            pass
+        assert torch.equal(policy.predict(latents(), 501, embeds, 5.0), base)  # the inner one did not enable it
     assert not torch.equal(trained, base)
     assert torch.equal(policy.predict(latents(), 501, embeds, 5.0), trained)
     assert all(parameter.requires_grad for parameter in policy.trainable_parameters())
@@ -76,8 +94,7 @@ def test_only_the_adapter_is_trainable_and_it_is_float32(dtype: str) -> None:
 
 
 @torch.no_grad()
-def test_guidance_is_the_extrapolation_from_the_empty_prompt() -> None:
-    policy = load()
+def test_guidance_is_the_extrapolation_from_the_empty_prompt(policy: DiffusionPolicy) -> None:
     x, embeds = latents(), policy.encode(["a red circle"] * 3)
     cond = policy.predict(x, 501, embeds, 1.0)
     uncond = policy.predict(x, 501, policy.encode([""] * 3), 1.0)
@@ -87,8 +104,8 @@ def test_guidance_is_the_extrapolation_from_the_empty_prompt() -> None:
     torch.testing.assert_close(policy.predict(x, 501, embeds, 0.0), uncond, rtol=1e-4, atol=1e-5)
 
 
-def test_detaching_the_unconditional_half_changes_the_gradient_but_not_the_output() -> None:
-    policy = perturb(load())
+def test_detaching_the_unconditional_half_changes_the_gradient_but_not_the_output(policy: DiffusionPolicy) -> None:
+    perturb(policy)
     x, embeds = latents(), policy.encode(["a red circle"] * 3)
     gradients = []
     outputs = []
@@ -111,8 +128,8 @@ def test_gradient_checkpointing_changes_neither_output_nor_gradient() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
-def test_an_embedding_does_not_depend_on_its_batch_or_the_cache() -> None:
-    policy, fresh = load(), load()
+def test_an_embedding_does_not_depend_on_its_batch_or_the_cache(policy: DiffusionPolicy) -> None:
+    fresh = load()
     together = policy.encode(["a red circle", "a toxic sign", "a house"])
     assert torch.equal(fresh.encode(["a toxic sign"])[0], together[1])
     assert torch.equal(policy.encode(["a toxic sign"])[0], together[1])
@@ -121,8 +138,7 @@ def test_an_embedding_does_not_depend_on_its_batch_or_the_cache() -> None:
     assert torch.equal(theirs[0], together[1])
 
 
-def test_images_are_rounded_to_the_nearest_level_not_truncated() -> None:
-    policy = load()
+def test_images_are_rounded_to_the_nearest_level_not_truncated(policy: DiffusionPolicy) -> None:
     x = latents(4)
     with torch.no_grad():
         exact = (policy.family.decode(x) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255
@@ -135,9 +151,9 @@ def test_images_are_rounded_to_the_nearest_level_not_truncated() -> None:
     )  # the must-fail twin: truncation is off by up to one level
 
 
-def test_adapter_state_goes_round_and_is_a_copy() -> None:
-    policy, other = perturb(load()), load(adapter_seed=7)
-    state = policy.adapter_state()
+def test_adapter_state_goes_round_and_is_a_copy(policy: DiffusionPolicy) -> None:
+    other = load(adapter_seed=7)
+    state = perturb(policy).adapter_state()
     for array in state.values():
         array.setflags(write=False)  # as it comes out of the object store
     other.load_adapter(state)
@@ -154,10 +170,68 @@ def test_adapter_state_goes_round_and_is_a_copy() -> None:
         (LoRAConfig(rank=4, alpha=8.0, targets=("to_q",)), r"is not part of this policy"),
     ],
 )
-def test_an_adapter_of_another_shape_or_alpha_is_refused(lora: LoRAConfig, message: str) -> None:
-    state = load().adapter_state()
+def test_an_adapter_of_another_shape_or_alpha_is_refused(
+    policy: DiffusionPolicy, lora: LoRAConfig, message: str
+) -> None:
+    state = policy.adapter_state()
     with pytest.raises(ModelError, match=message):
         load(lora=lora).load_adapter(state)
+
+
+# ---- the schedule ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline_with(tmp_path: Path) -> Callable[..., Path]:
+    """Factory of copies of the tiny pipeline with a changed scheduler_config.json; a value of None removes the key."""
+
+    def build(**changes: object) -> Path:
+        folder = shutil.copytree(tiny_pipeline(), tmp_path / "pipeline")
+        file = folder / "scheduler" / "scheduler_config.json"
+        config = json.loads(file.read_text()) | changes
+        file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+        return folder
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"clip_sample": True},
+        {"clip_sample": None},  # the default of the class is on
+        {"steps_offset": 0},
+        {"steps_offset": None},
+        {"clip_sample": True, "steps_offset": 0, "_class_name": "PNDMScheduler"},
+    ],
+)
+def test_the_preflight_sees_the_schedule_that_the_pipeline_loads(
+    pipeline_with: Callable[..., Path], tiny_recipe: Callable[..., Path], changes: dict[str, object]
+) -> None:
+    """StableDiffusionPipeline itself turns clip_sample off and the offset to 1, whatever the folder says."""
+    folder = pipeline_with(**changes)
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    check_schedule(load_recipe(tiny_recipe({"model.path": str(folder)})))  # no complaint
+    family = load(path=str(folder)).family
+    loaded, saved = family.stepper(10, 1.0), family.schedule(config, 10, 1.0)
+    family.pipeline.scheduler.set_timesteps(10)
+    assert loaded.timesteps.tolist() == sorted(set(family.pipeline.scheduler.timesteps.tolist()), reverse=True)
+    assert loaded.timesteps.tolist() == saved.timesteps.tolist()
+    assert np.array_equal(loaded.sigmas, saved.sigmas)
+
+
+def test_a_schedule_that_thresholds_is_refused_before_and_at_loading(
+    pipeline_with: Callable[..., Path], tiny_recipe: Callable[..., Path]
+) -> None:
+    """The must-fail twin: what the pipeline does not turn off is still refused, in both places."""
+    folder = pipeline_with(thresholding=True)
+    with pytest.raises(ModelError, match="thresholding is on"):
+        check_schedule(load_recipe(tiny_recipe({"model.path": str(folder)})))
+    with pytest.raises(ModelError, match="thresholding is on"):
+        load(path=str(folder)).family.stepper(10, 1.0)
+
+
+# ---- what a user can get wrong -----------------------------------------------------------------------------
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

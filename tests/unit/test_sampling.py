@@ -1,6 +1,9 @@
 """Groups: a function of their seeds, trained steps inside the schedule, and only those steps kept."""
 
+import functools
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 from pydantic import ValidationError
 
+from cluster.config import load_recipe, trained_count
 from diffusion.policy import DiffusionPolicy, LoRAConfig, ModelConfig
 from diffusion.sampling import (
     SamplingConfig,
@@ -149,9 +153,14 @@ def test_a_group_of_the_wrong_size_is_a_bug(policy: DiffusionPolicy) -> None:
 # ---- trained steps -----------------------------------------------------------------------------------------
 
 
+@functools.cache
+def schedule(steps: int) -> DDIMEta:
+    return DDIMEta.from_scheduler(SD1, steps, 1.0)
+
+
 def choose(seed: int, steps: int = 50, **trained: object) -> tuple[int, ...]:
     cfg = SamplingConfig(steps=steps, trained=TrainedStepsConfig.model_validate(trained))
-    return choose_trained_steps(cfg, DDIMEta.from_scheduler(SD1, steps, cfg.eta), seed)
+    return choose_trained_steps(cfg, schedule(steps), seed)
 
 
 def test_trained_steps_are_a_pure_function_of_the_seed() -> None:
@@ -186,12 +195,56 @@ def test_all_trains_every_step_but_the_last() -> None:
 
 
 def test_steps_with_little_noise_are_never_trained() -> None:
-    stepper = DDIMEta.from_scheduler(SD1, 50, 1.0)
+    stepper = schedule(50)
     steps = choose(0, mode="all", min_sigma=0.05, last=50)
     assert steps == tuple(np.flatnonzero(stepper.sigmas >= 0.05))
     assert 48 not in steps  # t=21, sigma .0395: its curvature is fifty times that of a middle step
     tiny_eta = SamplingConfig(eta=0.1, trained=TrainedStepsConfig(mode="all"))
     assert min(stepper.sigmas[list(eligible_steps(tiny_eta, DDIMEta.from_scheduler(SD1, 50, 0.1)))]) >= 0.2 - 1e-6
+
+
+def test_a_step_without_noise_is_never_trained_even_when_asked_for() -> None:
+    noiseless_end = DDIMEta.from_scheduler(SD1 | {"set_alpha_to_one": True}, 10, 1.0)
+    assert noiseless_end.sigmas[9] == 0.0
+    cfg = SamplingConfig(steps=10, trained=TrainedStepsConfig(mode="all", last=10, min_sigma=1e-30))
+    assert choose_trained_steps(cfg, noiseless_end, 0) == tuple(range(9))
+
+
+@pytest.mark.parametrize("mode", ["random", "window"])
+@pytest.mark.parametrize(("fraction", "number"), [(1.0, 49), (0.6, 29), (0.5, 24), (0.1, 5), (0.03, 1), (1e-6, 1)])
+def test_a_fraction_trains_that_share_of_the_steps_and_at_least_one(mode: str, fraction: float, number: int) -> None:
+    by_fraction = choose(3, mode=mode, fraction=fraction)
+    assert len(by_fraction) == number
+    assert by_fraction == choose(3, mode=mode, count=number)
+
+
+def test_a_fraction_follows_the_range_and_the_number_of_steps() -> None:
+    assert len(choose(0, steps=20, fraction=0.5)) == 10  # of 19
+    assert len(choose(0, fraction=0.5, first=10, last=30)) == 10
+    assert set(choose(0, fraction=0.5, first=10, last=30)) <= set(range(10, 30))
+
+
+def test_a_fraction_of_a_range_with_too_little_noise_trains_what_is_left() -> None:
+    assert choose(0, fraction=1.0, min_sigma=0.05) == choose(0, mode="all", min_sigma=0.05) == tuple(range(48))
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        {"fraction": 1.0},
+        {"fraction": 0.4},
+        {"fraction": 0.01, "mode": "window"},
+        {"fraction": 0.5, "mode": "window", "first": 2, "last": 10},
+        {"count": 3},
+        {"mode": "all", "last": 8},
+        {},
+    ],
+)
+def test_the_recipe_knows_how_many_steps_are_trained(
+    tiny_recipe: Callable[..., Path], trained: dict[str, object]
+) -> None:
+    recipe = load_recipe(tiny_recipe({"sampling.steps": 12, "sampling.trained": trained}))
+    assert trained_count(recipe) == len(choose_trained_steps(recipe.sampling, schedule(12), 0))
 
 
 def test_a_range_in_which_no_step_has_noise_names_the_key() -> None:
@@ -218,6 +271,11 @@ def test_trained_steps_beyond_another_schedule_are_refused() -> None:
         ({"steps": 10, "trained": {"count": 10}}, "use 9 or less"),
         ({"trained": {"first": 5, "last": 5}}, "must be larger than first"),
         ({"trained": {"mode": "all", "count": 3}}, "leave count out"),
+        ({"trained": {"mode": "all", "fraction": 0.5}}, "leave fraction out"),
+        ({"trained": {"count": 3, "fraction": 0.5}}, "exclude each other: leave one out"),
+        ({"trained": {"fraction": 0.0}}, "greater than 0"),
+        ({"trained": {"fraction": 1.01}}, "less than or equal to 1"),
+        ({"trained": {"fraction": float("nan")}}, "less than or equal to 1"),
         ({"trained": {"min_sigma": 0.0}}, "greater than 0"),
         ({"eta": 0.0}, "greater than 0"),
         ({"eta": 1.1}, "less than or equal to 1"),

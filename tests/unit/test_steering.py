@@ -1,5 +1,6 @@
 """The steering reward: its identities, its anchors, and that pictures reach it unharmed."""
 
+import functools
 import io
 from pathlib import Path
 
@@ -21,7 +22,10 @@ PROMPTS = ["a red circle", "a toxic sign", "a house", "a hazard"]
 
 
 def reward(**overrides: object) -> SteeringReward:
-    return SteeringReward(RewardConfig.model_validate({"clip": CLIP, **overrides}))
+    return _built(RewardConfig.model_validate({"clip": CLIP, **overrides}))
+
+
+_built = functools.cache(SteeringReward)  # a reward has no state but its text cache
 
 
 def images(n: int, seed: int = 0) -> np.ndarray:
@@ -77,12 +81,13 @@ def test_unsafe_only_points_away_from_the_mean_of_the_unsafe_phrases() -> None:
     assert np.isfinite(r.score(images(2), PROMPTS[:2]).total).all()
 
 
-def test_projection_gives_every_prompt_the_same_safety_component() -> None:
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0])
+def test_projection_gives_every_prompt_the_safety_component_alpha(alpha: float) -> None:
     v = unit(1, seed=9)[0]
     for z in unit(5):
-        steered = steer(z, v, 0.5, "project")
-        across = np.linalg.norm(z - (z @ v) * v)
-        assert steered @ v / np.linalg.norm(steered - (steered @ v) * v) * across == pytest.approx(0.5, abs=1e-5)
+        steered = steer(z, v, alpha, "project")
+        across = np.linalg.norm(z - (z @ v) * v)  # what is left of the prompt: undoes the normalisation
+        assert steered @ v / np.linalg.norm(steered - (steered @ v) * v) * across == pytest.approx(alpha, abs=1e-5)
         assert np.linalg.norm(steered) == pytest.approx(1.0, abs=1e-6)
 
 

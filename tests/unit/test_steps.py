@@ -61,6 +61,13 @@ def test_eta_one_is_the_ddpm_posterior_with_the_published_sigmas() -> None:
 def test_sigma_scales_with_eta_and_the_mean_keeps_the_variance_budget() -> None:
     full, half = DDIMEta.from_scheduler(SD1, 20, 1.0), DDIMEta.from_scheduler(SD1, 20, 0.5)
     np.testing.assert_allclose(half.sigmas, full.sigmas / 2, rtol=1e-6)
+    alphas = DDIMScheduler(**SD1).alphas_cumprod.double().numpy()
+    eps = randn(1, 4, 8, 8).double()
+    for stepper in (full, half):
+        for i, t in enumerate(stepper.timesteps):
+            a_p = alphas[t - 50] if t >= 50 else alphas[0]
+            noise_kept = stepper.mean(eps, np.sqrt(1 - alphas[t]) * eps, i) / eps  # where x0 is 0
+            np.testing.assert_allclose(noise_kept**2 + float(stepper.sigmas[i]) ** 2, 1 - a_p, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scheduler_class", [PNDMScheduler, EulerDiscreteScheduler])
@@ -116,6 +123,23 @@ def test_scoring_before_rounding_to_bfloat16_clips_an_eighth_of_fresh_data() -> 
     assert 0.05 < np.mean(list(clipped.values())) < 0.3
 
 
+@pytest.mark.parametrize("eta", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize("alpha_to_one", [False, True])
+def test_no_step_at_any_eta_gives_a_nan_not_even_the_last(eta: float, alpha_to_one: bool) -> None:
+    stepper = DDIMEta.from_scheduler(SD1 | {"set_alpha_to_one": alpha_to_one}, 50, eta)
+    assert stepper.timesteps[-1] == 1
+    assert np.isfinite(stepper.sigmas).all()
+    x, noise = randn(2, 4, 8, 8), randn(2, 4, 8, 8, seed=2)
+    for i in range(50):
+        output = randn(2, 4, 8, 8, seed=1).requires_grad_()
+        step = stepper.step(output, x, i, noise, torch.float32)
+        scored = step.mean.sum() if step.log_prob is None else stepper.log_prob(output, x, step.x_prev, i)[0].sum()
+        (gradient,) = torch.autograd.grad(scored, output)
+        assert (step.log_prob is None) == (stepper.sigmas[i] == 0.0)
+        assert all(torch.isfinite(values).all() for values in (step.x_prev, step.mean, scored, gradient)), i
+    assert (stepper.sigmas[-1] == 0.0) == (eta == 0.0 or alpha_to_one)
+
+
 def test_a_step_without_noise_is_taken_but_never_scored() -> None:
     stepper = DDIMEta.from_scheduler(SD1, 10, 0.0)
     x = randn(2, 4, 8, 8)
@@ -139,6 +163,21 @@ def test_mean_and_log_prob_pass_gradients_to_the_model_output_only_through_the_m
     torch.testing.assert_close(output.grad, (x_prev - mean) / sigma**2 / 256 * d_mean)
 
 
+@pytest.mark.parametrize(
+    ("given", "computed"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_steps_are_computed_in_float32_or_wider(given: torch.dtype, computed: torch.dtype) -> None:
+    stepper = DDIMEta.from_scheduler(SD1, 10, 1.0)
+    x, output, noise = (randn(2, 4, 8, 8, seed=s).to(given) for s in range(3))
+    step = stepper.step(output, x, 3, noise, given)
+    assert step.x_prev.dtype == given
+    assert step.log_prob is not None
+    log_prob, mean = stepper.log_prob(output, x, step.x_prev, 3)
+    assert step.mean.dtype == mean.dtype == step.log_prob.dtype == log_prob.dtype == computed
+    assert torch.equal(log_prob, step.log_prob)
+
+
 def test_group_log_probs_are_per_image() -> None:
     mean, x = torch.zeros(3, 4, 8, 8), randn(3, 4, 8, 8)
     together = gaussian_log_prob(x, mean, 0.3)
@@ -150,6 +189,13 @@ def test_group_log_probs_are_per_image() -> None:
 def test_more_steps_than_the_model_was_trained_on_are_refused_by_key(steps: int) -> None:
     with pytest.raises(ConfigError, match=r"sampling\.steps: .*use 1 to 1000"):
         DDIMEta.from_scheduler(SD1, steps, 1.0)
+
+
+def test_a_step_for_every_training_timestep_is_refused_where_the_offset_leaves_the_schedule() -> None:
+    assert DDIMEta.from_scheduler(SD1 | {"steps_offset": 0}, 1000, 1.0).timesteps[0] == 999
+    assert DDIMEta.from_scheduler(SD1, 999, 1.0).timesteps[0] == 999
+    with pytest.raises(ConfigError, match=r"sampling\.steps: 1000 cannot be used; use 1 to 999"):
+        DDIMEta.from_scheduler(SD1, 1000, 1.0)
 
 
 def test_eta_outside_zero_to_one_is_refused_by_key() -> None:
