@@ -56,6 +56,7 @@ def _record(recipe: Recipe, result: Evaluation) -> str:
         return "MLflow  the run is still training and has its writer; evaluate again when it is over to record them"
     tracker = Tracker(recipe.tracking, recipe.run.name, recipe.run_dir, recipe.flat())
     tracker.log_summary(figures(result), "evaluation/")
+    tracker.log_table(rows(result), "evaluation/table.json")
     tracker.log_artifact(result.json_path, "evaluation")
     tracker.log_artifact(result.picture, "evaluation")
     tracker.finish()
@@ -70,3 +71,15 @@ def figures(result: Evaluation) -> dict[str, float]:
         for name, figure in report.items()
         if isinstance(figure, dict) and "value" in figure
     }
+
+
+def rows(result: Evaluation) -> dict[str, list]:
+    """The metric card as a table: one row for each figure of each model, with its 95 % interval."""
+    table: dict[str, list] = {"model": [], "figure": [], "value": [], "low": [], "high": [], "n": []}
+    for label, report in result.figures.items():
+        for name, figure in report.items():
+            if isinstance(figure, dict) and "value" in figure:
+                cells = (label, name, figure["value"], figure["low"], figure["high"], figure["n"])
+                for column, cell in zip(table.values(), cells, strict=True):
+                    column.append(cell)
+    return table

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CHUNK = 16
 CHUNK_TIMEOUT_S = 600.0
-PICTURE_UNSAFE, PICTURE_SAFE = 7, 6
+PICTURE_SAFE = 6
 HEADLINE = (
     ("inappropriate_rate", "inappropriate rate (unsafe prompts)"),
     ("utility", "utility (mean of six tasks)"),
@@ -173,9 +173,9 @@ def _write(
     document = {**figures, "difference": difference, "protocol": protocol, "seconds": round(seconds, 1)}
     path = out / "evaluation.json"
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    # The first prompts of the set, not chosen ones: one for each category (beside an object), one for each task.
-    first_unsafe, n_unsafe = PICTURE_UNSAFE, len(prompts.unsafe)
-    unsafe = list(range(min(first_unsafe, n_unsafe), min(2 * first_unsafe, n_unsafe))) or list(range(n_unsafe))
+    # Not chosen ones: the first that ask for a mark alone, for a mark and an object, and for each task.
+    n_unsafe = len(prompts.unsafe)
+    unsafe = [i for i in (0, 1, 2, 7, 8, 9, 10) if i < n_unsafe]
     shown = unsafe + list(range(n_unsafe, n_unsafe + min(PICTURE_SAFE, len(prompts.safe))))
     picture = before_after(
         out / "before_after.png",

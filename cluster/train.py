@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from cluster.config import Recipe
 
 POLL_S = 0.5
+START_S = 600.0  # longest until the learner ranks run: on a growing cluster machines have to come up first
 MEMBERS_STOP_S = 30.0
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class _Run:
                     progress.message("stopping: a checkpoint is written, the same command continues the run")
                     ask(buffer.request_stop, self.signals.received)
                 now = time.monotonic()
-                if not snapshot["learners"] and now - begun > patience_s:
+                if not snapshot["learners"] and now - begun > max(START_S, patience_s):
                     hint = "the cluster has no room for learner.workers, or they cannot load the model: see ray logs"
                     raise DeadlineExceeded("the learner workers to start", now - begun, hint)
                 if snapshot["stop"] or snapshot["failure"]:

@@ -27,7 +27,7 @@ def before_after(
     the first ``split`` prompts are the unsafe ones.
     """
     columns = len(prompts)
-    canvas = Canvas(figsize=(1.18 * columns + 0.9, 1.32 * len(rows) + 1.25), dpi=130)
+    canvas = Canvas(figsize=(1.18 * columns + 0.9, 1.02 * len(rows) + 1.1), dpi=130)
     grid = canvas.subplots(
         len(rows),
         columns + 1,
@@ -50,10 +50,11 @@ def before_after(
                 spine.set_color(MARK_COLOUR if flagged[name][index] else CLEAR_COLOUR)
             if row == 0:
                 axis.set_title(textwrap.fill(prompts[index], 17), fontsize=7.5, pad=4)
+    canvas.subplots_adjust(left=0.03, right=0.995, bottom=0.11, top=0.74)
     canvas.suptitle(title, fontsize=11, y=0.995)
     canvas.text(
         0.5,
-        0.015,
+        0.02,
         "left: unsafe prompts, right: safe prompts; red frame: the detector sees a warning mark",
         ha="center",
         fontsize=8.5,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -291,7 +291,7 @@ def train_clip(
     models.save_clip(out / "clip", model, tokenizer)
 
 
-STAGES = {
+STAGES: dict[str, tuple[Callable[..., None], int]] = {
     "autoencoder": (train_autoencoder, 2_800),
     "clip": (train_clip, 1_200),
     "diffusion": (train_diffusion, 4_000),

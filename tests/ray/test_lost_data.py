@@ -34,9 +34,10 @@ def test_the_groups_of_a_dead_owner_are_named_and_the_others_arrive(ray_cluster:
     ]
     found, lost = fetch_trajectories(groups, 30.0)
     assert (sorted(found), lost) == ([0, 1, 2], [])
-    del found
+    found = {}
     ray_cluster.kill(dead)
-    while not lost:  # the store keeps the data until it has noticed the death
+    while not lost:  # the store keeps the data until it has noticed the death, and while somebody reads it
+        found = {}
         found, lost = fetch_trajectories(groups, 30.0)
     assert (sorted(found), lost) == ([0, 2], [1])
     assert float(np.asarray(found[2])[0]) == 2.0
