@@ -39,7 +39,8 @@ FIGURES = (
     ("overlap/sampling_while_learning", "share of learning with sampling beside it"),
     ("idle/samplers", "idle share, samplers"),
     ("idle/learner", "idle share, learner"),
-    ("lag/mean", "version lag, mean"),
+    ("idle/reward_workers", "idle share, reward workers"),
+    ("staleness/mean", "version lag, mean"),
 )
 
 

@@ -92,6 +92,7 @@ def train_loop(config: dict[str, Any]) -> None:
             learner.save(step)
         learner.report(step, figures)
     learner.save(step)
+    learner.finish()
 
 
 class Learner:
@@ -113,6 +114,7 @@ class Learner:
         self.saved = -1
         self.gated = False
         self.seconds: dict[str, float] = {}
+        self._reported: list[Any] = []
 
     # -- begin ---------------------------------------------------------------------------------------------------------
 
@@ -251,7 +253,9 @@ class Learner:
         self.saved = max(self.saved, step)
 
     def report(self, step: int, figures: dict[str, float]) -> None:
-        """Rank 0 records the figures of a finished step."""
+        """Rank 0 records the figures of a finished step, without waiting for whoever keeps them."""
+        import ray
+
         if self.rank != 0:
             return
         wall = figures.get("stage/wall_s", 0.0)
@@ -260,9 +264,18 @@ class Learner:
         row["throughput/images_per_s"] = images / wall if wall else 0.0
         self.seconds = {}
         append_row(self.settings.metrics_file, {"step": step} | row)
-        self.services.buffer.report.remote(step, row)
+        if self._reported:
+            self._reported = ray.wait(self._reported, num_returns=len(self._reported), timeout=0)[1]
+        self._reported.append(self.services.buffer.report.remote(step, row))
         if self.services.tracker is not None:
-            self.services.tracker.log_metrics.remote(step, row)
+            self._reported.append(self.services.tracker.log_metrics.remote(step, row))
+
+    def finish(self) -> None:
+        """Wait until the last figures have arrived: calls still queued die with the process that made them."""
+        import ray
+
+        if self._reported:
+            ray.wait(self._reported, num_returns=len(self._reported), timeout=CALL_TIMEOUT_S)
 
     # -- together ------------------------------------------------------------------------------------------------------
 
