@@ -1,7 +1,8 @@
 """The command line: plan, train, eval, compare, export.
 
 Exit codes: 0 done, 2 something you can fix (one line says what), 3 the run could not go on (a deadline, a failed
-parity gate), 130 interrupted. Heavy imports happen inside the commands, so that ``--help`` is instant.
+parity gate), 130 interrupted (a training has written its checkpoint). Heavy imports happen inside the commands, so that
+``--help`` is instant.
 """
 
 import functools
@@ -101,7 +102,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     typer.echo(f"\n{result.status} after {result.steps} steps {how}")
     if result.status != "finished":
         typer.echo(f"continue with: raysteer train {recipe} {' '.join(overrides or [])}".rstrip())
-        return
+        raise typer.Exit(EXIT_INTERRUPTED)
     from cluster.tracking import resolve_uri
 
     typer.echo(f'adapter   {result.adapter_dir}  (pipe.load_lora_weights("{result.adapter_dir}"))')

@@ -160,6 +160,7 @@ def test_ctrl_c_stops_in_order_and_the_same_command_goes_on_bit_for_bit(undistur
     run_dir = world.folder / "runs" / "interrupted"
     record = json.loads((run_dir / "ledger.json").read_text())
     assert (record["status"], record["steps"]) == ("stopped", 1), output.decode()
+    assert process.returncode == 130
     assert not (run_dir / "run.lock").exists()
 
     world.plan_faults()
