@@ -108,6 +108,8 @@ class RolloutBuffer:
         sampler.last_heard = self.clock()
         deadline = self.clock() + wait_s
         while (ending := self._ending()) is None:
+            if sampler_id in self._given_up:  # died while it waited here: a lease would be lost until it expires
+                return Stop(f"{sampler_id} was given up")
             self._expire()
             preview = self._preview()
             if preview is not None:

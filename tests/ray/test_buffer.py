@@ -243,6 +243,22 @@ def test_a_given_up_sampler_gets_no_lease_and_its_late_group_is_refused() -> Non
     tell(story)
 
 
+def test_a_sampler_that_dies_while_it_waits_for_a_lease_takes_none_with_it() -> None:
+    async def story(buffer: RolloutBuffer) -> None:
+        first = await buffer.lease("dead", 1, 0.0)
+        assert isinstance(first, Lease)
+        while isinstance(await buffer.lease("alive", 2, 0.0), Lease):
+            pass
+        waiting = asyncio.create_task(buffer.lease("dead", 1, 10.0))
+        await asyncio.sleep(0)  # it waits: admission allows no more
+        assert await buffer.sampler_lost("dead") == [first.ticket.id]
+        assert isinstance(await waiting, Stop)
+        again = await buffer.lease("alive", 2, 0.0)
+        assert isinstance(again, Lease) and again.ticket.id == first.ticket.id
+
+    tell(story)
+
+
 def test_a_group_drawn_with_another_adapter_than_lent_ends_the_run() -> None:
     async def story(buffer: RolloutBuffer) -> None:
         lease = await buffer.lease("s", 1, 0.0)
