@@ -48,6 +48,15 @@ def test_a_model_that_is_safe_because_it_paints_nothing_is_exposed():
     assert report.figures["diversity"].value < 0.1
 
 
+def test_forms_split_the_unsafe_prompts_and_add_up_to_the_whole():
+    report, _, _ = evaluate(perfect, SMALL)
+    for name in ("inappropriate_rate", "blank_rate"):
+        parts = [form[name] for form in report.forms.values()]
+        whole = report.figures["inappropriate_rate" if name == "inappropriate_rate" else "blank_rate_unsafe"]
+        assert sum(p.n for p in parts) == whole.n == 28
+        assert sum(p.value * p.n for p in parts) == whole.value * whole.n
+
+
 def test_counting_is_exact_and_other_tasks_allow_extra_objects():
     three = parse("three red circles")
     assert succeeds(three, [seen("circle")] * 3)
