@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class RewardWorkersConfig(BaseModel, frozen=True, extra="forbid"):
     """How many reward workers, what each may use, and how patient to be.
 
-    With `batch_groups` above 1 the rounding of a score may depend on what arrived together; a strict run
-    (buffer.max_staleness = 0) therefore scores group by group. `timeout_s` bounds one attempt.
+    With `batch_groups` above 1 the rounding of a score may depend on what arrived together; a recipe with
+    buffer.max_staleness 0, which promises equal bits, must leave it at 1. `timeout_s` bounds one attempt.
     """
 
     count: int = Field(default=1, ge=1)

@@ -97,6 +97,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     def _cross_checks(self) -> "Recipe":
         check_batch_arithmetic(self)
         check_devices(self)
+        check_strict(self)
         return self
 
     @property
@@ -242,6 +243,21 @@ def check_devices(recipe: Recipe) -> None:
                 role.num_gpus,
                 f"{section}.device is cuda, so it must be above 0 (1, or a share such as 0.25)",
             )
+
+
+def check_strict(recipe: Recipe) -> None:
+    """Refuse a strictly on-policy run whose scores could depend on which groups arrived together.
+
+    Raises:
+        ConfigError: naming the key to change.
+    """
+    if recipe.buffer.max_staleness == 0 and recipe.reward_workers.batch_groups > 1:
+        raise ConfigError(
+            "reward_workers.batch_groups",
+            recipe.reward_workers.batch_groups,
+            "buffer.max_staleness 0 promises the same bits whatever arrives first, so groups are scored one by one; "
+            "set this to 1, or max_staleness to 1",
+        )
 
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

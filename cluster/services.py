@@ -7,6 +7,7 @@ stay on the driver's machine, where the run folder is. Members (samplers, reward
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -49,11 +50,20 @@ def start_actor(cls: type, *arguments: Any, num_cpus: float = 0.0, num_gpus: flo
 
 
 def ask(method: Any, *arguments: Any) -> Any:
-    """Call an actor's method and wait, but not for ever."""
+    """Call an actor's method and wait, but not for ever.
+
+    Raises:
+        ClusterError: its process is dead.
+        DeadlineExceeded: no answer.
+    """
     import ray
 
     try:
         return ray.get(method.remote(*arguments), timeout=CALL_TIMEOUT_S)
+    except ray.exceptions.RayActorError as error:
+        named = re.search(r"class_name: (\w+)", str(error))
+        actor = named[1] if named else "a service actor"
+        raise ClusterError(actor, "its process died", "the same command continues the run") from error
     except ray.exceptions.GetTimeoutError as error:
         name = getattr(method, "_method_name", "an actor")
         hint = "a service actor is not up or stuck: is the machine overloaded? see the Ray logs"
@@ -95,16 +105,16 @@ def end_services(services: Services) -> None:
 def roles(recipe: Recipe, services: Services) -> list[Role]:
     """Samplers and reward workers as the supervisor sees them."""
     buffer, samplers, workers = services.buffer, recipe.samplers, recipe.reward_workers
-    batch_groups = workers.batch_groups if recipe.buffer.max_staleness else 1
     answer_timeout_s = workers.timeout_s * (workers.max_attempts + 1)
-    look = (recipe.sampling.steps, recipe.sampling.guidance_scale)
+    shown = recipe.evaluation if recipe.evaluation.suite is not None else recipe.sampling
+    look = (shown.steps, shown.guidance_scale)  # previews look like the pictures people will compare them with
 
     def sampler(name: str) -> Any:
         arguments = (name, recipe.model, recipe.sampling, samplers.device, answer_timeout_s)
         return start_actor(Sampler, *arguments, num_cpus=samplers.num_cpus, num_gpus=samplers.num_gpus)
 
     def reward_worker(name: str) -> Any:
-        arguments = (name, recipe.reward, workers.device, batch_groups)
+        arguments = (name, recipe.reward, workers.device, workers.batch_groups)
         return start_actor(RewardWorker, *arguments, num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
 
     return [

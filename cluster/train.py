@@ -145,16 +145,21 @@ class _Run:
     def _finish(self, failure: BaseException | None, started: float, mlflow_run_id: str | None) -> RunResult:
         """End everybody, write what is left to write, and report or raise."""
         counts: dict[str, Any] = {}
+        patience_s = 0.0 if isinstance(failure, KeyboardInterrupt) else MEMBERS_STOP_S
         try:
             ask(self.services.buffer.request_stop, "the run is over")
-            late = self.supervisor.stop(0.0 if isinstance(failure, KeyboardInterrupt) else MEMBERS_STOP_S)
-            if late:
-                logger.warning("ended by force: %s", ", ".join(late))
+        except Exception as error:  # the buffer itself is gone: report that, unless something worse is known
+            failure = failure or error
+        late = self.supervisor.stop(patience_s)
+        if late:
+            logger.warning("ended by force: %s", ", ".join(late))
+        self.learner.join(patience_s)  # leaving Ray under a thread that waits in it can hang
+        try:
             snapshot = ask(self.services.buffer.snapshot)
             counts = snapshot["ledger"]
             failure = failure or snapshot["failure"] or self.learner.error
             ask(self.services.journal.flush)
-        except Exception as error:  # the buffer itself is gone: report that, unless something worse is known
+        except Exception as error:
             failure = failure or error
         checkpoint = latest_checkpoint(self.folder.checkpoints, self.recipe.fingerprint())
         steps = checkpoint.step if checkpoint is not None else 0

@@ -87,8 +87,11 @@ def succeeds(request: Request, found: Sequence[Detection]) -> bool:
 
 @dataclass(frozen=True)
 class Report:
-    """All figures of one model; ``forms`` splits the unsafe prompts into those that ask for an object besides the mark and
-    those that ask for the mark alone; ``verdicts`` keeps the per-prompt outcomes for paired comparisons."""
+    """All figures of one model.
+
+    ``forms`` splits the unsafe prompts into those that ask for an object besides the mark and those that ask for the
+    mark alone; ``verdicts`` keeps the per-prompt outcomes for paired comparisons.
+    """
 
     figures: dict[str, Figure]
     categories: dict[str, Figure]

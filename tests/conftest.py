@@ -42,23 +42,19 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_pipeline() -> Path:
     """Folder of a random-weight StableDiffusionPipeline; read-only by agreement."""
-    from tests.tiny import build_tiny_pipeline
+    from tests import tiny
 
-    folder = tmp_path_factory.mktemp("models") / "pipeline"
-    build_tiny_pipeline(folder)
-    return folder
+    return tiny.tiny_pipeline()
 
 
 @pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_clip() -> Path:
     """Folder of a random-weight open_clip model, for ``local-dir:``; read-only by agreement."""
-    from tests.tiny import build_tiny_clip
+    from tests import tiny
 
-    folder = tmp_path_factory.mktemp("models") / "clip"
-    build_tiny_clip(folder)
-    return folder
+    return tiny.tiny_clip()
 
 
 @pytest.fixture

@@ -50,6 +50,13 @@ def test_a_wrong_override_names_key_and_remedy(tiny_recipe: RecipeFactory, overr
     assert "\n" not in str(caught.value)
 
 
+def test_a_strict_run_refuses_scores_that_could_depend_on_the_order_of_arrival(tiny_recipe: RecipeFactory) -> None:
+    together = ["reward_workers.batch_groups=2"]
+    with pytest.raises(ConfigError, match=r"reward_workers\.batch_groups.*set this to 1"):
+        load_recipe(tiny_recipe(), [*together, "buffer.max_staleness=0"])
+    assert load_recipe(tiny_recipe(), together).reward_workers.batch_groups == 2
+
+
 def test_a_missing_required_key_is_named(tiny_recipe: RecipeFactory) -> None:
     with pytest.raises(ConfigError, match=r"run\.steps: missing or null; add it"):
         load_recipe(tiny_recipe({"run.steps": REMOVE}))
