@@ -37,7 +37,7 @@ from evaluation.config import EvaluationConfig
 from learner.grpo import GRPOConfig
 from learner.loop import LearnerConfig
 from learner.optim import OptimizerConfig
-from raysteer.errors import ConfigError
+from raysteer.errors import ConfigError, UserError
 from rewards.config import RewardConfig
 
 
@@ -158,14 +158,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         ConfigError: with the dotted key, the value found and what would be right.
+        UserError: the file cannot be read.
     """
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(str(path), "recipe", "there is no such file; see the folder recipes/ for examples") from None
+        raise UserError(str(path), "there is no such file", "see the folder recipes/ for examples") from None
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), "recipe", f"it must be a readable YAML file in UTF-8 ({error})") from None
+        raise UserError(str(path), f"cannot be read ({error})", "give a YAML file in UTF-8") from None
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ConfigError(str(path), data, "a recipe is a mapping of sections such as run, model and sampling")
