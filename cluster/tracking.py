@@ -231,7 +231,9 @@ class Tracker:
         if self.uri.startswith(_SQLITE):
             location = (Path(self.uri.removeprefix(_SQLITE)).parent.absolute() / "mlartifacts").as_uri()
         try:
-            return str(self.client.create_experiment(name, artifact_location=location))
+            # The tag makes MLflow open the experiment as training runs with charts, not as traces of a chatbot.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return str(self.client.create_experiment(name, artifact_location=location, tags=kind))
         except MlflowException:
             found = self.client.get_experiment_by_name(name)  # another run made it meanwhile
             if found is None:
