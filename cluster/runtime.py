@@ -156,15 +156,22 @@ def init_ray(cfg: "ClusterConfig", num_cpus_needed: float, num_gpus_needed: floa
                 "check that Ray versions and RAY_AUTH_MODE agree on both sides",
             ) from error
     else:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, -int(-num_cpus_needed // 1)),
-            include_dashboard=cfg.dashboard,
-            dashboard_host="127.0.0.1",
-            dashboard_port=cfg.dashboard_port if cfg.dashboard else None,
-            object_store_memory=cfg.object_store_mb * 2**20 if cfg.object_store_mb else _LOCAL_STORE_BYTES,
-            **common,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, -int(-num_cpus_needed // 1)),
+                include_dashboard=cfg.dashboard,
+                dashboard_host="127.0.0.1",
+                dashboard_port=cfg.dashboard_port if cfg.dashboard else None,
+                object_store_memory=cfg.object_store_mb * 2**20 if cfg.object_store_mb else _LOCAL_STORE_BYTES,
+                **common,
+            )
+        except Exception as error:  # Ray raises bare Exceptions when one of its processes does not come up in time
+            raise ClusterError(
+                "Ray on this machine",
+                f"it did not start ({' '.join(str(error).split())[:200]})",
+                "free some memory or processor time and try again; its logs are below RAY_TMPDIR or /tmp/ray",
+            ) from error
     atexit.register(ray.shutdown)
     try:
         check_capacity(ray.cluster_resources(), num_cpus_needed, num_gpus_needed, cfg.autoscaling)
