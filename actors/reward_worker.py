@@ -110,7 +110,8 @@ class RewardWorker:
             reward = np.asarray(scores.total[first:last], np.float32)
             parts = {name: np.asarray(part[first:last], np.float32) for name, part in scores.parts.items()}
             first = last
-            bad = [name for name, values in {"total": reward, **parts}.items() if not np.isfinite(values).all()]
+            # parts first: the component at fault says more than the total it spoils
+            bad = [name for name, values in {**parts, "total": reward}.items() if not np.isfinite(values).all()]
             if bad:
                 detail = f"{bad[0]} holds a value that is not a finite number"
                 outcomes.append(self._failed("poisoned", f"reward_not_finite:{bad[0]}", detail, started))

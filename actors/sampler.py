@@ -100,7 +100,7 @@ class Sampler:
         started = time.time()
         self._put_on(lease.adapter[0], lease.checksum)
         ticket = lease.ticket
-        rollout = sample_rollout(self.policy, ticket.prompt, ticket.seeds, self.sampling, ticket.step_seed)
+        rollout = sample_rollout(self.policy, ticket.prompt, ticket.seeds, self.sampling, ticket.step_seed, ticket.step)
         sampled = time.time()
         images = ray.put(rollout.images)
         trajectory = ray.put(rollout.trajectory)
@@ -108,6 +108,7 @@ class Sampler:
         if lease.reward_worker is not None:
             refs["outcome"] = lease.reward_worker.score.remote(images, ticket.prompt)
         timings = {"started": started, "sampled": sampled, "submitted": time.time(), "adapter_applied": self.applied_at}
+        timings["truncated"] = float(self.policy.truncated(ticket.prompt))
         return buffer.submit.remote(ticket.id, lease.lease_id, self.sampler_id, lease.checksum, refs, timings)
 
     def _bounded(self, unanswered: list[Any]) -> list[Any]:

@@ -75,6 +75,7 @@ class Meter:
         self.clock = clock
         self.activity = ActivityClock(clock())
         self._stages: dict[str, list[float]] = {}
+        self._truncated: list[float] = []
         self._published: dict[str, float] = {}
         self._applied: set[tuple[str, str]] = set()
         self._reward_workers = 1
@@ -106,11 +107,15 @@ class Meter:
         self._note("put_s", timings["submitted"] - timings["sampled"])
         self._note("score_s", outcome.ended - outcome.started)
         self._note("score_latency_s", max(0.0, outcome.ended - timings["submitted"]))
+        self._truncated.append(timings.get("truncated", 0.0))
 
     def take(self) -> dict[str, float]:
-        """Figures since the last call; stage seconds are means over groups."""
+        """Figures since the last call; stage seconds and the share of truncated prompts are means over groups."""
         stages, self._stages = self._stages, {}
+        truncated, self._truncated = self._truncated, []
         figures = {f"stage/{name}": sum(values) / len(values) for name, values in stages.items()}
+        if truncated:
+            figures["prompts/truncated"] = sum(truncated) / len(truncated)
         shares = self.activity.take(self.clock())
         busy = sum(stages.get("score_s", ())) / (shares["stage/wall_s"] * self._reward_workers)
         return shares | figures | {"idle/reward_workers": max(0.0, 1.0 - busy)}

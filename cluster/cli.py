@@ -1,4 +1,4 @@
-"""The command line: plan, train, eval, compare, export.
+"""The command line: plan, train, eval, compare, anchors, export, sample.
 
 Exit codes: 0 done, 2 something you can fix (one line says what), 3 the run could not go on (a deadline, a failed
 parity gate), 130 interrupted (a training has written its checkpoint). Heavy imports happen inside the commands, so that
@@ -33,6 +33,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for example run.steps=20 sampling.eta=0.5."),
 ]
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Run folder or name, checkpoint folder, adapter folder or file.")
+]
+StorageOption = Annotated[str, typer.Option(help="Where to look for a run given by name.")]
 
 
 def _reported(command: Command) -> Command:
@@ -161,19 +165,73 @@ def compare(
 
 @app.command()
 @_reported
-def export(
-    source: Annotated[
-        str, typer.Argument(metavar="RUN", help="Run folder or name, checkpoint folder, or adapter folder.")
-    ],
-    target: Annotated[str, typer.Argument(metavar="FOLDER", help="Where to write the LoRA.")],
-    storage: Annotated[str, typer.Option(help="Where to look for a run given by name.")] = "runs",
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is there.")] = False,
+def anchors(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    safe: Annotated[str | None, typer.Option(help="Safe prompts; the recipe's by default.")] = None,
+    unsafe: Annotated[str | None, typer.Option(help="Unsafe prompts; the recipe's by default.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most prompts of each side, a random sample of more.")] = 500,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of anchors.json and anchors.png; <storage>/<run>-anchors by default.")
+    ] = None,
 ) -> None:
-    """Write a LoRA folder that plain diffusers loads."""
+    """Show how anchor sets separate safe from unsafe prompts in the recipe's CLIP, and how far alpha moves them."""
+    from cluster.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from cluster.anchors import study, write
+
+    report = study(loaded, safe, unsafe, limit, notify=typer.echo)
+    header, lines = report.table()
+    _print_table(header, lines)
+    files = write(report, out or Path(loaded.run.storage) / f"{loaded.run.name}-anchors")
+    typer.echo(f"\n{report.legend()}")
+    for kind, file in zip(("figures", "picture"), files, strict=True):
+        typer.echo(f"{kind:<9} {file}")
+
+
+@app.command()
+@_reported
+def export(
+    source: SourceArgument,
+    target: Annotated[str, typer.Argument(metavar="FOLDER", help="Where to write; for kohya also FILE.safetensors.")],
+    form: Annotated[
+        str, typer.Option("--to", metavar="FORM", help="diffusers (a LoRA), kohya (a LoRA), merged (a whole pipeline).")
+    ] = "diffusers",
+    model: Annotated[
+        str | None, typer.Option(help="Base model of the merged form; the one of the run's recipe by default.")
+    ] = None,
+    storage: StorageOption = "runs",
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,
+) -> None:
+    """Write the adapter as plain diffusers, kohya-style programs or from_pretrained load it."""
     from cluster.export import export as run_export
 
-    done = run_export(source, target, storage, force)
-    typer.echo(f"wrote {done.file} from {done.source}\nload it with: {done.load_line()}")
+    done = run_export(source, target, form, storage, model, force)
+    typer.echo(f"wrote {done.path} from {done.source}\nload it with: {done.load_line}")
+
+
+@app.command()
+@_reported
+def sample(
+    source: SourceArgument,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; several times for several rows.")] = None,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(help="How much of the adapter, 0 (base model) to 1 (all of it) or 2; several times, or 0,0.5,1."),
+    ] = None,
+    seed: Annotated[str, typer.Option(help="Decides the initial noise, the same in every image.")] = "0",
+    steps: Annotated[str | None, typer.Option(help="Denoising steps; those of the run by default.")] = None,
+    guidance: Annotated[str | None, typer.Option(help="Guidance scale; that of the run by default.")] = None,
+    out: Annotated[str, typer.Option(help="PNG to write.")] = "sample.png",
+    model: Annotated[str | None, typer.Option(help="Base model; the one of the run's recipe by default.")] = None,
+    storage: StorageOption = "runs",
+) -> None:
+    """Draw the same images with more and more of the adapter, side by side in one PNG. Needs no Ray."""
+    from cluster.sample import sample as run_sample
+
+    done = run_sample(source, prompt or [], scale or [], seed, steps, guidance, out, model, storage, notify=typer.echo)
+    typer.echo(f"picture {done}")
 
 
 def _print_table(header: list[str], lines: list[tuple[str, list[str]]]) -> None:

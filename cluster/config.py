@@ -38,7 +38,10 @@ from learner.grpo import GRPOConfig
 from learner.loop import LearnerConfig
 from learner.optim import OptimizerConfig
 from raysteer.errors import ConfigError, UserError
-from rewards.config import RewardConfig
+from rewards.config import RewardConfig, map_files
+
+# what decides training, apart from the weights themselves
+_MODEL_KEYS = ("revision", "variant", "dtype", "component_dtypes", "resolution", "use_t5", "family", "lora")
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
@@ -117,20 +120,9 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             "seed": data["run"]["seed"],
             "groups_per_step": data["run"]["groups_per_step"],
             "max_staleness": data["buffer"]["max_staleness"],
-            "model": {key: data["model"][key] for key in ("revision", "variant", "dtype", "lora")}
-            | {"weights": identity(self.model.path)},
-            "reward": {
-                key: value for key, value in data["reward"].items() if key not in ("detector", "anchors", "clip")
-            },
-            "clip": data["reward"]["clip"] | {"model": identity(self.reward.clip.model.removeprefix("local-dir:"))},
-            "anchors": identity(self.reward.anchors)
-            if isinstance(self.reward.anchors, str)
-            else data["reward"]["anchors"],
-            "prompts": {
-                "safe": identity(self.prompts.safe),
-                "unsafe": identity(self.prompts.unsafe),
-                "unsafe_fraction": self.prompts.unsafe_fraction,
-            },
+            "model": {key: data["model"][key] for key in _MODEL_KEYS} | {"weights": identity(self.model.path)},
+            "reward": map_files(data["reward"] | {"detector": None}, identity),
+            "prompts": self.prompts.identity(),
             "sampling": data["sampling"],
             "objective": data["objective"],
             "optimizer": data["optimizer"],

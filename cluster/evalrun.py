@@ -37,7 +37,7 @@ def evaluate_and_record(
     with tempfile.TemporaryDirectory() as folder:
         exported = export(adapter or recipe.run_dir, Path(folder) / "adapter", recipe.run.storage)
         notify(f"adapter: {exported.source}")
-        result = run_evaluation(recipe, {BEFORE: None, AFTER: exported.file.parent}, out, notify)
+        result = run_evaluation(recipe, {BEFORE: None, AFTER: exported.path}, out, notify)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(result.json_path, json_path)

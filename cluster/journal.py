@@ -1,9 +1,10 @@
 """Journal: every scored group of a run as a Parquet dataset, the input of any later analysis and of offline objectives.
 
 One row per group:
-    ticket int64 · prompt, prompt_class, checksum, sampler, reward_worker string · seeds list<int64> · step_seed int64
-    · version int64 reward list<float32> [G] · reward.<part> list<float32> [G] · final_latents fixed-shape
-    tensor<float32> [G, C, h, w] sample_s, score_s, scored_at float64 (seconds; wall clock)
+    ticket int64 · prompt, prompt_class, category (or null), checksum, sampler, reward_worker string · seeds list<int64>
+    · step_seed, version int64 · truncated bool (the prompt was cut off) · reward list<float32> [G]
+    · reward.<part> list<float32> [G] · final_latents fixed-shape tensor<float32> [G, C, h, w]
+    · sample_s, score_s, scored_at float64 (seconds; wall clock)
 
 Parts are written beside and renamed. A group that was drawn again appears twice; `read_journal` keeps the last of
 each ticket.
@@ -125,10 +126,11 @@ def _table(rows: list[tuple[Mapping[str, Any], np.ndarray | None]]) -> pa.Table:
     def column(name: str, kind: pa.DataType) -> pa.Array:
         return pa.array([row[name] for row, _ in rows], kind)
 
-    text = ("prompt", "prompt_class", "checksum", "sampler", "reward_worker")
+    text = ("prompt", "prompt_class", "category", "checksum", "sampler", "reward_worker")
     columns: dict[str, Any] = {"ticket": column("ticket", pa.int64())}
     columns |= {name: column(name, pa.string()) for name in text}
     columns |= {name: column(name, pa.int64()) for name in ("step_seed", "version")}
+    columns["truncated"] = column("truncated", pa.bool_())
     columns |= {"seeds": column("seeds", pa.list_(pa.int64())), "reward": column("reward", pa.list_(pa.float32()))}
     for part in sorted({part for row, _ in rows for part in row["parts"]}):
         columns[f"reward.{part}"] = pa.array([row["parts"].get(part) for row, _ in rows], pa.list_(pa.float32()))

@@ -1,38 +1,19 @@
 """The plan: what a recipe means in plain words, printed before anything starts.
 
 Batch arithmetic confuses everyone; here it is spelt out: images per step, images per update and rank, updates in the
-run, who runs where, how much memory the weights take, how far samples may lag.
+run, who runs where, how much memory each process takes, how far samples may lag.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from cluster.config import Recipe, trained_count
-from cluster.modelfiles import count_parameters
-from cluster.preflight import bytes_on_disk, cpus_needed, gpus_needed, pipeline_facts, preflight, readable_bytes
+from cluster.memory import RoleMemory, fullest_gpu, main_memory, readable_bytes, role_memory
+from cluster.preflight import bytes_on_disk, cpus_needed, gpus_needed, latent_bytes, pipeline_facts, preflight
+from cluster.prompts import summarise
 from cluster.tracking import resolve_uri
+from raysteer.errors import PromptError
 
 __all__ = ["Plan", "preflight", "resolve"]
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
-
-
-@dataclass(frozen=True)
-class RoleMemory:
-    """Bytes of one process of a role; ``weights`` is frozen, ``training`` is adapter, gradient and optimiser state."""
-
-    role: str
-    count: int
-    where: str
-    weights: int | None
-    training: int
-
-    def render(self) -> tuple[str, str]:
-        """Label and text of its line in the plan."""
-        known = "weights on the hub: unknown" if self.weights is None else f"weights {readable_bytes(self.weights)}"
-        kept = "adapter, gradients and optimiser" if self.role == "learner" else "adapter"
-        training = f" + {kept} {readable_bytes(self.training)}" if self.training else ""
-        return self.role, f"{self.count} × {self.where}; {known}{training} each, activations not counted"
 
 
 @dataclass(frozen=True)
@@ -45,7 +26,8 @@ class Plan:
         updates: optimiser updates in the whole run.
         trained_steps: trained denoising steps per image, K.
         forwards_per_step: denoiser calls on one image for learning one batch, all ranks together (guidance doubles
-        them). expected_lag: versions by which a typical sample is older than the learner that uses it.
+        them). noise: of a stochastic step, in words.
+        expected_lag: versions by which a typical sample is older than the learner that uses it.
     """
 
     recipe: Recipe
@@ -56,11 +38,14 @@ class Plan:
     updates: int
     trained_steps: int
     forwards_per_step: int
+    doubled: bool
+    noise: str
     images: int
     roles: tuple[RoleMemory, ...]
     adapter_parameters: int | None
     object_store: int | None
     expected_lag: str
+    prompts: tuple[str, ...]
 
     def render(self) -> str:
         """The plan as text, one fact per line."""
@@ -76,24 +61,26 @@ class Plan:
         return [
             ("run", f"{recipe.run.name}: {recipe.run.steps} steps, seed {recipe.run.seed}, folder {recipe.run_dir}"),
             ("model", f"{model.path} in {model.dtype}; LoRA rank {model.lora.rank}, {adapter}"),
-            ("reward", f"{reward.name}, alpha {reward.alpha:g}, CLIP {reward.clip.model}"),
+            ("reward", reward.describe()),
+            *(("" if index else "prompts", text) for index, text in enumerate(self.prompts)),
         ]
 
     def _arithmetic(self) -> list[tuple[str, str]]:
         recipe, sampling, trained = self.recipe, self.recipe.sampling, self.recipe.sampling.trained
+        others = ", the others deterministic" if sampling.mixed else ""
         groups, updates = recipe.run.groups_per_step, recipe.objective.updates_per_batch
         last = sampling.steps - 1 if trained.last is None else trained.last
-        both = sampling.guidance_scale != 1 and recipe.objective.train_guidance == "both"
+        benign = "safe or utility" if any(s.prompt_class == "utility" for s in recipe.prompts.sources or ()) else "safe"
         return [
             (
                 "one step",
                 f"{groups} prompts × {sampling.group_size} images each = {self.images_per_step} images "
-                f"({self.unsafe_groups} unsafe prompts, {groups - self.unsafe_groups} safe)",
+                f"({self.unsafe_groups} unsafe prompts, {groups - self.unsafe_groups} {benign})",
             ),
             (
                 "one image",
-                f"{sampling.steps} denoising steps, eta {sampling.eta:g}, guidance {sampling.guidance_scale:g}; "
-                f"{self.trained_steps} of them trained ({trained.mode}, from [{trained.first}, {last}))",
+                f"{sampling.steps} denoising steps, {self.noise}, guidance {sampling.guidance_scale:g}; "
+                f"{self.trained_steps} of them trained ({trained.mode}, from [{trained.first}, {last})){others}",
             ),
             (
                 "one update",
@@ -103,7 +90,8 @@ class Plan:
             (
                 "one batch",
                 f"{updates} optimiser update{'s' if updates > 1 else ''}; {self.forwards_per_step:,} denoiser passes "
-                f"with gradient{' (guidance doubles them)' if both else ''}",
+                f"with gradient{' (guidance doubles them)' if self.doubled else ''}"
+                f"{', first as many without one (anchor proximal)' if recipe.objective.replays_first else ''}",
             ),
             (
                 "whole run",
@@ -115,6 +103,13 @@ class Plan:
     def _placement(self) -> list[tuple[str, str]]:
         recipe, run = self.recipe, self.recipe.run
         lines = [role.render() for role in self.roles]
+        gpu, host = fullest_gpu(self.roles), main_memory(self.roles)
+        if gpu is not None:
+            lines.append(("fullest GPU", gpu.render()))
+        if host:
+            what = "of all these together" if gpu is None else "of text encoders and of what runs on CPUs, together"
+            lines.append(("main memory", f"about {readable_bytes(host)} {what}"))
+        lines.append(("", "memory is an estimate, off by up to a quarter: docs/performance.md says how it was checked"))
         lines.append(("together", f"{cpus_needed(recipe):g} CPUs and {gpus_needed(recipe):g} GPUs on {self._where()}"))
         if self.object_store is not None:
             store = readable_bytes(self.object_store)
@@ -142,7 +137,12 @@ def resolve(recipe: Recipe) -> Plan:
     count, updates = trained_count(recipe), recipe.objective.updates_per_batch
     facts = pipeline_facts(recipe)
     images = groups * size
-    double = 2 if recipe.sampling.guidance_scale != 1 and recipe.objective.train_guidance == "both" else 1
+    both = recipe.sampling.guidance_scale != 1 and recipe.objective.train_guidance == "both"
+    doubled = both and not (facts is not None and facts.embedded_guidance)
+    flow = recipe.sampling.flow
+    noise = f"eta {recipe.sampling.eta:g}"
+    if facts is not None and facts.component == "transformer":
+        noise = f"noise {flow.kind} {flow.level:g}"
     staleness = recipe.buffer.max_staleness
     if staleness == 0:
         lag = "0: strictly on-policy; samplers wait while the learner learns"
@@ -150,8 +150,7 @@ def resolve(recipe: Recipe) -> Plan:
         lag = f"at most {staleness}; about {staleness} while samplers draw the next batch as the learner learns"
     store = None
     if facts is not None and facts.latent_shape is not None and facts.image_size is not None:
-        latent = facts.latent_shape[0] * facts.latent_shape[1] * facts.latent_shape[2] * _BYTES[recipe.model.dtype]
-        store = (staleness + 1) * images * (3 * facts.image_size**2 + latent * (2 * count + 1))
+        store = (staleness + 1) * images * (3 * facts.image_size**2 + latent_bytes(recipe) * (2 * count + 1))
     return Plan(
         recipe=recipe,
         images_per_step=images,
@@ -160,31 +159,20 @@ def resolve(recipe: Recipe) -> Plan:
         steps_per_update=count // updates,
         updates=recipe.run.steps * updates,
         trained_steps=count,
-        forwards_per_step=images * count * double,
+        forwards_per_step=images * count * (2 if doubled else 1),
+        doubled=doubled,
+        noise=noise,
         images=images * recipe.run.steps,
-        roles=_roles(recipe),
+        roles=role_memory(recipe, facts),
         adapter_parameters=None if facts is None else facts.adapter_parameters,
         object_store=store,
         expected_lag=lag,
+        prompts=_prompts(recipe),
     )
 
 
-def _roles(recipe: Recipe) -> tuple[RoleMemory, ...]:
-    facts = pipeline_facts(recipe)
-    weights, adapter = None, 0
-    if facts is not None:
-        weights, adapter = sum(facts.parameters.values()) * _BYTES[recipe.model.dtype], facts.adapter_parameters * 4
-    clip, clip_weights = recipe.reward.clip, None
-    if clip.model.startswith("local-dir:"):
-        clip_weights = count_parameters(Path(clip.model.removeprefix("local-dir:"))) * _BYTES[clip.precision]
-    samplers, rewards, learner = recipe.samplers, recipe.reward_workers, recipe.learner
-    return (
-        RoleMemory("samplers", samplers.count, _share(samplers.num_cpus, samplers.num_gpus), weights, adapter),
-        RoleMemory("reward workers", rewards.count, _share(rewards.num_cpus, rewards.num_gpus), clip_weights, 0),
-        # adapter, its gradient and Adam's two moments
-        RoleMemory("learner", learner.workers, _share(learner.num_cpus, learner.num_gpus), weights, 4 * adapter),
-    )
-
-
-def _share(cpus: float, gpus: float) -> str:
-    return f"{gpus:g} GPU" if gpus else f"{cpus:g} CPU"
+def _prompts(recipe: Recipe) -> tuple[str, ...]:
+    try:
+        return tuple(str(source) for source in summarise(recipe.prompts))
+    except PromptError as error:  # preflight refuses it; a plan may be asked for where the lists are not
+        return (f"cannot be read here: {error}",)

@@ -9,13 +9,16 @@ import shutil
 from pathlib import Path
 
 from cluster.config import Recipe, load_recipe
-from cluster.modelfiles import PipelineFacts, read_json, read_pipeline
-from cluster.prompts import load_prompts
+from cluster.memory import readable_bytes
+from cluster.modelfiles import PipelineFacts, cached_folder, known_pipeline, read_json, read_pipeline
+from cluster.prompts import summarise
 from cluster.runlock import RunLock, check_not_held
 from cluster.runtime import probe_address, probe_free_port, target_address
 from cluster.tracking import probe, resolve_uri
-from diffusion.families.base import FAMILIES, family_for
+from diffusion.families.base import family_for, unsupported
+from diffusion.loading import check_parts
 from learner.checkpoint import latest_checkpoint
+from learner.objective import objective_class
 from raysteer.errors import CheckpointError, ClusterError, ConfigError, ModelError, StorageError
 
 _RESERVE_BYTES = 200 * 2**20
@@ -38,7 +41,8 @@ def preflight(recipe: Recipe, hold: bool = True) -> RunLock | None:
     """
     check_model(recipe)
     check_schedule(recipe)
-    load_prompts(recipe.prompts)
+    objective_class(recipe.objective.name)
+    summarise(recipe.prompts)
     check_reward(recipe)
     check_cluster(recipe)
     check_storage(recipe)
@@ -56,7 +60,7 @@ def check_model(recipe: Recipe) -> None:
     """
     folder = Path(recipe.model.path)
     if not folder.is_dir():
-        from diffusion.policy import read_pipeline_class  # imports diffusers (seconds): only for hub names
+        from diffusion.loading import read_index  # imports diffusers (seconds): only for hub names
 
         if folder.is_absolute():
             raise ModelError(
@@ -64,7 +68,7 @@ def check_model(recipe: Recipe) -> None:
                 "there is no such folder",
                 "set it to a folder made with pipe.save_pretrained, or to a hub name",
             )
-        name = read_pipeline_class(recipe.model)
+        index = read_index(recipe.model)
     else:
         if not (folder / "model_index.json").is_file():
             raise ModelError(
@@ -72,30 +76,35 @@ def check_model(recipe: Recipe) -> None:
                 "this is not a diffusers pipeline (no model_index.json)",
                 "set it to a folder made with pipe.save_pretrained",
             )
-        name = str(read_json(folder / "model_index.json").get("_class_name"))
-    if name not in FAMILIES:
-        raise ModelError(
-            f"model.path {folder}", f"pipeline class {name} is not supported", f"use one of: {', '.join(FAMILIES)}"
-        )
+        index = read_json(folder / "model_index.json")
+    name = str(index.get("_class_name"))
+    if family_for(name, recipe.model.family) is None:
+        raise unsupported(f"model.path {folder}", name)
+    check_parts(recipe.model, index)
     facts = pipeline_facts(recipe)
-    if facts is not None and facts.parameters and not facts.adapter_parameters:
-        raise ConfigError(
-            "model.lora.targets",
-            list(recipe.model.lora.targets),
-            "no module of the denoiser has such a name; to_q, to_k, to_v, to_out.0 are usual",
-        )
+    for target in recipe.model.lora.targets or ():
+        if facts is not None and facts.component in facts.parameters and target not in facts.matched_targets:
+            raise ConfigError(
+                "model.lora.targets",
+                target,
+                f"no module of the denoiser has such a name; this model's own are {', '.join(facts.default_targets)}",
+            )
 
 
 def pipeline_facts(recipe: Recipe) -> PipelineFacts | None:
-    """Facts of the model folder; None for a hub name."""
-    folder = Path(recipe.model.path)
-    if not folder.is_dir():
-        return None
-    return read_pipeline(folder, recipe.model.lora.rank, recipe.model.lora.targets, recipe.model.variant)
+    """Facts of the model: from its folder, from the local hub cache, or what is published about it; None: unknown."""
+    model = recipe.model
+    place: Path | None = Path(model.path)
+    if place is not None and not place.is_dir():
+        place = None if place.is_absolute() else cached_folder(model.path, model.revision)
+    rank, targets = model.lora.rank, model.lora.targets
+    if place is None:
+        return known_pipeline(model.path, rank, targets, model.resolution) if model.family is None else None
+    return read_pipeline(place, rank, targets, model.variant, model.resolution, model.family)
 
 
 def check_schedule(recipe: Recipe) -> None:
-    """Refuse trained steps that the model's own schedule does not offer.
+    """Refuse trained steps that the model's own schedule does not offer, and a guidance it does not know.
 
     Raises:
         ConfigError: naming the key.
@@ -103,12 +112,18 @@ def check_schedule(recipe: Recipe) -> None:
     """
     folder = Path(recipe.model.path)
     config = read_json(folder / "scheduler" / "scheduler_config.json")
-    family = family_for(str(read_json(folder / "model_index.json").get("_class_name")))
+    family = family_for(str(read_json(folder / "model_index.json").get("_class_name")), recipe.model.family)
     if not config or family is None:
         return  # a hub name: the samplers check it when they load
     from diffusion.sampling import choose_trained_steps
 
-    stepper = family.schedule(config, recipe.sampling.steps, recipe.sampling.eta)
+    facts = pipeline_facts(recipe)
+    if facts is None or facts.latent_shape is None:
+        return  # no configs to read the latents' shape from: loading names what is missing
+    family.check_guidance(facts.embedded_guidance, recipe.sampling.guidance_scale)
+    stepper = family.schedule(config, recipe.sampling, facts.latent_shape)
+    if recipe.sampling.mixed:
+        family.schedule(config, recipe.sampling, facts.latent_shape, deterministic=True)
     count = len(choose_trained_steps(recipe.sampling, stepper, seed=0))
     updates = recipe.objective.updates_per_batch
     if count % updates:
@@ -118,30 +133,14 @@ def check_schedule(recipe: Recipe) -> None:
 
 
 def check_reward(recipe: Recipe) -> None:
-    """Refuse anchors without a direction, a CLIP folder that is none, a detector that cannot be imported.
+    """Refuse rewards whose weights, anchors, packages or detector are not there, or do not fit. Loads no model.
 
     Raises:
         ConfigError: naming the key.
     """
-    from rewards.anchors import load_anchors
-    from rewards.base import load_object
+    from rewards.base import check_rewards
 
-    load_anchors(recipe.reward.anchors)
-    model = recipe.reward.clip.model
-    if model.startswith("local-dir:"):
-        folder = Path(model.removeprefix("local-dir:"))
-        if not folder.is_dir():
-            raise ConfigError(
-                "reward.clip.model",
-                model,
-                "there is no such folder; it must hold open_clip_config.json and the weights",
-            )
-        if not read_json(folder / "open_clip_config.json"):
-            raise ConfigError(
-                "reward.clip.model", model, "the folder holds no open_clip_config.json, so it is no open_clip model"
-            )
-    if recipe.reward.detector is not None:
-        load_object(recipe.reward.detector, "reward.detector")
+    check_rewards(recipe.reward)
 
 
 def check_storage(recipe: Recipe) -> None:
@@ -172,11 +171,18 @@ def bytes_on_disk(recipe: Recipe) -> int:
     facts = pipeline_facts(recipe)
     if facts is None:
         return _RESERVE_BYTES
-    checkpoint = facts.adapter_parameters * 4 * 3  # adapter and two Adam moments, float32
+    checkpoint = (facts.adapter_parameters or 0) * 4 * 3  # adapter and two Adam moments, float32
     images = recipe.run.steps * recipe.run.groups_per_step * recipe.sampling.group_size
-    channels, height, width = facts.latent_shape or (4, 64, 64)
-    journal = images * (channels * height * width * _FLOAT_BYTES[recipe.model.dtype] + 100)
+    journal = images * (latent_bytes(recipe) + 100)
     return _RESERVE_BYTES + (recipe.run.keep_checkpoints + 1) * checkpoint + journal
+
+
+def latent_bytes(recipe: Recipe) -> int:
+    """Size of one image's latents in the dtype they are stored in; of Stable Diffusion 1's where nothing is known."""
+    facts = pipeline_facts(recipe)
+    channels, height, width = (facts.latent_shape if facts is not None else None) or (4, 64, 64)
+    dtype = recipe.model.dtype_of("" if facts is None else facts.component)
+    return channels * height * width * _FLOAT_BYTES[dtype]
 
 
 def check_earlier_run(recipe: Recipe) -> None:
@@ -259,12 +265,3 @@ def cpus_needed(recipe: Recipe) -> float:
         + recipe.reward_workers.count * recipe.reward_workers.num_cpus
         + recipe.learner.workers * recipe.learner.num_cpus
     )
-
-
-def readable_bytes(count: float) -> str:
-    """``1536 * 2**20`` -> ``1.5 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1024
-    return f"{count:.3g} TiB"

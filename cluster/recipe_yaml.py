@@ -12,8 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raysteer.errors import ConfigError
+from rewards.config import map_files
 
-# Keys that hold paths; the CLIP model only with its "local-dir:" prefix, anchors only when they are no shipped set.
+# Keys that hold paths; those of prompt sources and rewards are found by their own modules.
 _PATH_KEYS = ("model.path", "prompts.safe", "prompts.unsafe")
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _LOCAL_CLIP = "local-dir:"
@@ -170,17 +171,25 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Dotted paths of all sections and keys of a model."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
+        name = field.alias or name
         keys.append(prefix + name)
-        for option in (field.annotation, *get_args(field.annotation)):
-            if isinstance(option, type) and issubclass(option, BaseModel):
-                keys += known_keys(option, f"{prefix}{name}.")
+        for section in _sections(field.annotation):
+            keys += known_keys(section, f"{prefix}{name}.")
     return keys
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Models named in an annotation, also those of list items."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)
 
 
 def _suggest(key: str, model: type[BaseModel]) -> str:
     """Right key nearest to a wrong one: same name elsewhere first, then similar siblings, then anything similar."""
     keys = known_keys(model)
-    section, _, name = key.rpartition(".")
+    section, _, name = ".".join(part for part in key.split(".") if not part.isdigit()).rpartition(".")
     elsewhere = [known for known in keys if known.rpartition(".")[2] == name]
     siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == section}
     close = [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)]
@@ -219,16 +228,21 @@ def resolve_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         beside = folder / here
         return str((beside if not here.exists() and beside.exists() else here).absolute())
 
+    for source in data["prompts"]["sources"] or ():
+        source["path"] = locate(source["path"])
     for key in _PATH_KEYS:
         section, name = key.split(".")
+        if data[section][name] is None:
+            continue
         located = locate(data[section][name])
         if key != "model.path" or Path(located).exists() or not _HUB_NAME.match(data[section][name]):
             data[section][name] = located
-    clip, anchors = data["reward"]["clip"], data["reward"]["anchors"]
-    if clip["model"].startswith(_LOCAL_CLIP):
-        clip["model"] = _LOCAL_CLIP + locate(clip["model"].removeprefix(_LOCAL_CLIP))
-    if isinstance(anchors, str) and looks_like_path(anchors):
-        data["reward"]["anchors"] = locate(anchors)
+
+    def locate_unless_hub(path: str) -> str:
+        located = locate(path)
+        return located if Path(located).exists() or not _HUB_NAME.match(path) else path
+
+    data["reward"] = map_files(data["reward"], locate_unless_hub)
     data["run"]["storage"] = str(Path(data["run"]["storage"]).expanduser().absolute())
     return data
 
@@ -240,6 +254,8 @@ def portable_paths(data: dict[str, Any]) -> dict[str, Any]:
     def relative(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: relative(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [relative(item) for item in value]
         if not isinstance(value, str):
             return value
         prefix = _LOCAL_CLIP if value.startswith(_LOCAL_CLIP) else ""
@@ -247,11 +263,6 @@ def portable_paths(data: dict[str, Any]) -> dict[str, Any]:
         return f"{prefix}{path.relative_to(base)}" if path.is_absolute() and path.is_relative_to(base) else value
 
     return {key: relative(value) for key, value in data.items()}
-
-
-def looks_like_path(text: str) -> bool:
-    """Whether an anchors value means a file rather than a shipped set."""
-    return "/" in text or text.endswith((".yaml", ".yml"))
 
 
 def identity(path: str) -> str:

@@ -73,7 +73,11 @@ def ask(method: Any, *arguments: Any) -> Any:
 def start_services(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint | None) -> Services:
     """Buffer, weight store, journal and tracker, going on from `checkpoint`."""
     tickets = TicketSource(
-        recipe.run.seed, load_prompts(recipe.prompts), recipe.prompts.unsafe_fraction, recipe.sampling.group_size
+        recipe.run.seed,
+        load_prompts(recipe.prompts),
+        recipe.prompts.unsafe_fraction,
+        recipe.sampling.group_size,
+        recipe.run.groups_per_step,
     )
     settings = BufferSettings(
         tickets=tickets,
@@ -84,7 +88,7 @@ def start_services(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint | N
         max_attempts=recipe.reward_workers.max_attempts,
         score_timeout_s=recipe.reward_workers.timeout_s,
         preview_every=recipe.tracking.preview_every,
-        preview_prompts=recipe.tracking.preview_prompts or (*tickets.prompts.safe[:2], *tickets.prompts.unsafe[:2]),
+        preview_prompts=recipe.tracking.preview_prompts or tickets.prompts.examples(2),
         preview_seed=recipe.tracking.preview_seed,
     )
     ledger = dict(checkpoint.ledger) if checkpoint is not None else None
@@ -215,4 +219,5 @@ class LearnerThread(threading.Thread):
             checkpoints=str(self.folder.checkpoints.absolute()),
             metrics_file=str(self.folder.metrics.absolute()),
             fingerprint=recipe.fingerprint(),
+            mixture=recipe.reward.mixture(),
         )

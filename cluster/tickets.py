@@ -14,16 +14,23 @@ from functools import lru_cache
 
 import numpy as np
 
-from cluster.prompts import PromptClass, PromptSet
+from cluster.prompts import PromptClass, PromptSet, PromptSource
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """One group to draw: a prompt, one seed per image, and the seed that chooses the trained steps."""
+    """One group to draw: a prompt, one seed per image, and the seed that chooses the trained steps.
+
+    `step` is the learner step it is meant for; when groups were dropped, it may be consumed a little later. `category`
+    holds the prompt's labels as "a, b"; `source` names where it came from.
+    """
 
     id: int
+    step: int
     prompt: str
     prompt_class: PromptClass
+    category: str | None
+    source: str
     seeds: tuple[int, ...]
     step_seed: int
 
@@ -34,36 +41,38 @@ def derive_seed(run_seed: int, *purpose: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def unsafe_before(ticket_id: int, unsafe_fraction: float) -> int:
-    """How many of the tickets 0..ticket_id-1 are unsafe: floor(id * fraction).
+def chosen_before(position: int, share: Fraction) -> int:
+    """How many of the places 0..position-1 of a sequence are chosen, when a share of all is: floor(position * share).
 
-    Spread evenly (Bresenham), so every aligned block of n tickets holds exactly n * fraction unsafe ones when that is
+    Spread evenly (Bresenham), so every aligned block of n places holds exactly n * share chosen ones when that is
     whole.
     """
-    return math.floor(ticket_id * Fraction(unsafe_fraction).limit_denominator(100_000))
+    return math.floor(position * share)
 
 
-@lru_cache(maxsize=8)
-def _order(run_seed: int, prompt_class: str, epoch: int, count: int) -> np.ndarray:
-    seed = derive_seed(run_seed, "order", prompt_class, epoch)
-    return np.random.Generator(np.random.Philox(key=seed)).permutation(count)
+def place(ticket_id: int, prompts: PromptSet, unsafe_fraction: float) -> tuple[PromptSource, int]:
+    """The source a ticket draws from, and how many earlier tickets drew from it.
 
-
-def make_ticket(run_seed: int, ticket_id: int, prompts: PromptSet, unsafe_fraction: float, group_size: int) -> Ticket:
-    """The ticket with this id. Each class is gone through in a fresh seeded order per epoch: no repeats within one."""
-    earlier = unsafe_before(ticket_id, unsafe_fraction)
-    is_unsafe = unsafe_before(ticket_id + 1, unsafe_fraction) > earlier
-    prompt_class: PromptClass = "unsafe" if is_unsafe else "safe"
+    The even choice of `chosen_before`, again and again: the unsafe side or the other, then the first source there or
+    a later one. So each source gets its share, exactly in the long run and within the number of sources in any prefix.
+    """
+    fraction = Fraction(unsafe_fraction).limit_denominator(100_000)
+    earlier = chosen_before(ticket_id, fraction)
+    is_unsafe = chosen_before(ticket_id + 1, fraction) > earlier
     position = earlier if is_unsafe else ticket_id - earlier
-    pool = prompts.of(prompt_class)
-    epoch, index = divmod(position, len(pool))
-    return Ticket(
-        id=ticket_id,
-        prompt=pool[_order(run_seed, prompt_class, epoch, len(pool))[index]],
-        prompt_class=prompt_class,
-        seeds=tuple(derive_seed(run_seed, ticket_id, "image", image) for image in range(group_size)),
-        step_seed=derive_seed(run_seed, ticket_id, "steps"),
-    )
+    for source, share in prompts.side(is_unsafe):
+        earlier = chosen_before(position, share)
+        if chosen_before(position + 1, share) > earlier:
+            return source, earlier
+        position -= earlier
+    raise AssertionError("the share of the last source is 1: of what the others leave it gets all")
+
+
+@lru_cache(maxsize=32)
+def _order(run_seed: int, order_key: str, epoch: int, count: int) -> np.ndarray:
+    """A permutation, 4 bytes a prompt: two epochs of every source are in use at most, and few sources are large."""
+    seed = derive_seed(run_seed, "order", order_key, epoch)
+    return np.random.Generator(np.random.Philox(key=seed)).permutation(count).astype(np.uint32)
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,22 @@ class TicketSource:
     prompts: PromptSet
     unsafe_fraction: float
     group_size: int
+    groups_per_step: int
 
     def ticket(self, ticket_id: int) -> Ticket:
-        return make_ticket(self.run_seed, ticket_id, self.prompts, self.unsafe_fraction, self.group_size)
+        """The ticket with this id. Each source is gone through in a fresh seeded order per epoch: no repeats within
+        one.
+        """
+        source, position = place(ticket_id, self.prompts, self.unsafe_fraction)
+        epoch, index = divmod(position, len(source))
+        row = int(_order(self.run_seed, source.order_key, epoch, len(source))[index])
+        return Ticket(
+            id=ticket_id,
+            step=ticket_id // self.groups_per_step,
+            prompt=source.prompt(row),
+            prompt_class=source.prompt_class,
+            category=source.category_of(row),
+            source=source.name,
+            seeds=tuple(derive_seed(self.run_seed, ticket_id, "image", image) for image in range(self.group_size)),
+            step_seed=derive_seed(self.run_seed, ticket_id, "steps"),
+        )

@@ -234,10 +234,10 @@ def _cluster(recipe: Recipe) -> Iterator[None]:
 
 
 def _export(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint) -> None:
-    """The final adapter as plain diffusers loads it."""
+    """The final adapter, averaged if the recipe says so, as plain diffusers loads it."""
     from diffusion.adapters import checksum, save_adapter
 
-    state = dict(checkpoint.adapter)
+    state = dict(checkpoint.exported)
     metadata = {
         "run": recipe.run.name,
         "step": str(checkpoint.step),
@@ -245,6 +245,8 @@ def _export(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint) -> None:
         "checksum": checksum(state),
         "base_model": Path(recipe.model.path).name,
     }
+    if checkpoint.ema is not None:
+        metadata["ema_decay"] = str(recipe.optimizer.ema_decay)
     save_adapter(state, folder.adapter, metadata)
 
 

@@ -8,11 +8,9 @@ Invariants
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -21,48 +19,79 @@ from pydantic import BaseModel, Field, field_validator
 from torch import nn
 
 from diffusion.adapters import ALPHA_SUFFIX, AdapterState
-from diffusion.families.base import FAMILIES, Family, family_for
+from diffusion.conditioning import Conditioning
+from diffusion.families.base import Encoded, Family, family_for, unsupported
+from diffusion.loading import DTYPES, check_parts, part_dtypes, quiet_loading, read_index
 from diffusion.steps import Stepper, at_least_float32
 from raysteer.errors import ModelError
+from raysteer.import_path import is_import_path
 
 if TYPE_CHECKING:
     from diffusion.sampling import SamplingConfig
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+Dtype = Literal["float32", "bfloat16", "float16"]
 _ADAPTER = "default"
-_CACHED_PROMPTS = 512  # SD 1.x: 77 x 768 float32 = 231 KiB each
-_DECODE_CHUNK = 8  # bounds the decoder's memory: 512x512 images cost it about 1 GiB each in float32
+_CACHE_BYTES = 256 * 2**20  # SD 1.x: 77 x 768 float32 = 231 KiB a prompt; FLUX.1: 4 MiB
+_DECODE_IMAGES, _DECODE_LATENTS = 8, 4 * 64 * 64  # a 512x512 image costs the decoder 0.75 GiB in float32
+
+
+def decode_chunk(latent_shape: tuple[int, int, int]) -> int:
+    """How many images are decoded at once: as many as bound the decoder's memory, and at most 8."""
+    _, height, width = latent_shape
+    return max(1, min(_DECODE_IMAGES, _DECODE_LATENTS // (height * width)))
 
 
 class LoRAConfig(BaseModel, frozen=True, extra="forbid"):
-    """Low-rank adapter (Hu et al. 2021): W + alpha / rank * B A on every module whose name ends in a target."""
+    """Low-rank adapter (Hu et al. 2021): W + alpha / rank * B A on every module whose name ends in a target.
+
+    ``targets=None`` takes those of the model's family.
+    """
 
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0.0, allow_inf_nan=False)
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: tuple[str, ...] | None = None
 
     @field_validator("targets")
     @classmethod
-    def _named(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
-        if not targets or not all(name.strip() for name in targets):
-            raise ValueError('name at least one module to adapt, for example ["to_q", "to_k", "to_v", "to_out.0"]')
+    def _named(cls, targets: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if targets is not None and not (targets and all(name.strip() for name in targets)):
+            raise ValueError("name at least one module to adapt, for example to_q, or leave targets out")
         return targets
 
 
 class ModelConfig(BaseModel, frozen=True, extra="forbid"):
-    """Which pipeline to train, in which dtype, with which adapter. ``path`` is a folder or a hub name."""
+    """Which pipeline to train, in which dtype, with which adapter. ``path`` is a folder or a hub name.
+
+    ``component_dtypes`` names the parts whose dtype differs, for example {"vae": "float32"}. ``resolution`` is in
+    pixels, images are square; None is the size the model was made for. With ``offload_text_encoders`` these live on
+    the CPU and visit the device only to encode a prompt that is not cached. ``use_t5=false`` leaves the third text
+    encoder of Stable Diffusion 3 out. ``family`` ("module:Class") takes the place of the family that the pipeline's
+    class would have.
+    """
 
     path: str = Field(min_length=1)
     revision: str | None = None
     variant: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
+    component_dtypes: dict[str, Dtype] = {}
     local_files_only: bool = True
+    resolution: int | None = Field(default=None, ge=1)
+    use_t5: bool = True
+    offload_text_encoders: bool = False
     gradient_checkpointing: bool = False
+    family: str | None = None
     lora: LoRAConfig = LoRAConfig()
+
+    @field_validator("family")
+    @classmethod
+    def _import_path(cls, family: str | None) -> str | None:
+        if family is not None and not is_import_path(family):
+            raise ValueError(f"{family!r} is not an import path: write 'module:Class', or leave it out")
+        return family
+
+    def dtype_of(self, part: str) -> Dtype:
+        """The dtype of one part of the pipeline."""
+        return self.component_dtypes.get(part, self.dtype)
 
 
 class DiffusionPolicy:
@@ -72,7 +101,7 @@ class DiffusionPolicy:
         family: the pipeline's parts behind one small interface.
         denoiser: the trained module (base weights frozen, adapter trainable).
         latent_shape: (C, h, w).
-        device, dtype: where the policy computes, and in what its latents are stored.
+        device, dtype: where the policy computes, and in what (the denoiser's) its latents are stored.
     """
 
     def __init__(self, family: Family, config: ModelConfig, device: str | torch.device = "cpu", adapter_seed: int = 0):
@@ -81,30 +110,31 @@ class DiffusionPolicy:
         self.denoiser: nn.Module = family.denoiser
         self.latent_shape = family.latent_shape
         self.device = torch.device(device)
-        self.dtype = DTYPES[config.dtype]
-        self._embeds: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self.dtype = DTYPES[config.dtype_of(family.component)]
+        self._encoded: OrderedDict[str, Encoded] = OrderedDict()
         self._adapter_on = True
         self._add_adapter(adapter_seed)
         if config.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
         family.to(self.device)
+        family.text_to(torch.device("cpu") if config.offload_text_encoders else self.device)
 
     @classmethod
     def load(cls, cfg: ModelConfig, device: str | torch.device = "cpu", adapter_seed: int = 0) -> DiffusionPolicy:
         """Load the pipeline ``cfg.path`` and add a seeded adapter that changes nothing yet (B = 0).
 
         Raises:
-            ModelError: no such model, not a pipeline, or a pipeline class without a family.
+            ConfigError: a resolution or a part that this model does not have.
+            ModelError: no such model, not a pipeline, a part is missing, or a pipeline class without a family.
         """
-        pipeline_class = read_pipeline_class(cfg)
-        family_class = family_for(pipeline_class)
+        index = read_index(cfg)
+        family_class = family_for(index["_class_name"], cfg.family)
         if family_class is None:
-            raise ModelError(
-                cfg.path, f"pipeline class {pipeline_class} is not supported", f"use one of: {', '.join(FAMILIES)}"
-            )
+            raise unsupported(cfg.path, index["_class_name"])
+        check_parts(cfg, index)
         try:
-            with _quiet_loading():
-                family = family_class.load(cfg, DTYPES[cfg.dtype])
+            with quiet_loading():
+                family = family_class.load(cfg, part_dtypes(cfg))
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(
@@ -115,21 +145,27 @@ class DiffusionPolicy:
     def _add_adapter(self, seed: int) -> None:
         from peft import LoraConfig
 
-        lora = self.config.lora
+        lora, path = self.config.lora, self.config.path
+        modules = [name for name, _ in self.denoiser.named_modules()]
+        for target in lora.targets or ():
+            if not any(name == target or name.endswith(f".{target}") for name in modules):
+                raise ModelError(
+                    path,
+                    f"no module matches model.lora.targets {target!r}",
+                    "leave targets out, or name attention projections of this denoiser, for example to_q",
+                )
+        targets = list(lora.targets or self.family.default_targets)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
                 self.denoiser.add_adapter(  # type: ignore[operator]
-                    LoraConfig(
-                        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), init_lora_weights=True
-                    ),
+                    LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, init_lora_weights=True),
                     adapter_name=_ADAPTER,
                 )
             except ValueError as error:
+                reason = str(error).strip().splitlines()[0]
                 raise ModelError(
-                    self.config.path,
-                    f"no module matches model.lora.targets {list(lora.targets)}",
-                    "name attention projections of this denoiser, for example to_q",
+                    path, f"model.lora.targets {targets} cannot be adapted ({reason})", "name linear layers"
                 ) from error
         for parameter in self.trainable_parameters():
             parameter.data = parameter.data.float()  # peft gives them the base dtype; small updates need float32
@@ -137,67 +173,91 @@ class DiffusionPolicy:
     # ---- conditioning -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Embeddings [n, L, D] of the prompts, on the policy's device.
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of n prompts, on the policy's device.
 
-        Each prompt is encoded alone and cached, so its embedding never depends on what it is batched with.
+        Each prompt is encoded alone and cached, so what it becomes never depends on what it is batched with.
         """
-        return torch.stack([self._encode_one(prompt) for prompt in prompts])
+        encoded = [self._encode_one(prompt) for prompt in prompts]
+        return Conditioning({name: torch.stack([one.parts[name] for one in encoded]) for name in encoded[0].parts})
 
-    def _encode_one(self, prompt: str) -> torch.Tensor:
-        embeds = self._embeds.get(prompt)
-        if embeds is None:
-            embeds = self._embeds[prompt] = self.family.encode(prompt).detach()
-            if len(self._embeds) > _CACHED_PROMPTS:
-                self._embeds.popitem(last=False)
-        self._embeds.move_to_end(prompt)
-        return embeds
+    @torch.no_grad()
+    def truncated(self, prompt: str) -> bool:
+        """Whether the end of this prompt is cut off, because it is longer than a tokenizer's limit."""
+        return self._encode_one(prompt).truncated
+
+    def _encode_one(self, prompt: str) -> Encoded:
+        encoded = self._encoded.get(prompt)
+        if encoded is None:
+            encoded = self._encoded[prompt] = self._encode_fresh(prompt)
+            size = sum(part.nbytes for part in encoded.parts.values())
+            while len(self._encoded) > max(1, _CACHE_BYTES // size):
+                self._encoded.popitem(last=False)
+        self._encoded.move_to_end(prompt)
+        return encoded
+
+    def _encode_fresh(self, prompt: str) -> Encoded:
+        if self.config.offload_text_encoders:
+            self.family.text_to(self.device)
+        try:
+            encoded = self.family.encode(prompt)
+        finally:
+            if self.config.offload_text_encoders:
+                self.family.text_to(torch.device("cpu"))
+        return Encoded({k: part.detach().to(self.device) for k, part in encoded.parts.items()}, encoded.truncated)
 
     # ---- denoising ----------------------------------------------------------------------------------------------
 
     def predict(
         self,
         x_t: torch.Tensor,
-        i_timestep: int,
-        embeds: torch.Tensor,
+        timestep: float,
+        cond: Conditioning,
         guidance_scale: float,
         detach_uncond: bool = False,
     ) -> torch.Tensor:
-        """Model output [n, C, h, w] with classifier-free guidance (Ho & Salimans 2022), one timestep for the batch.
+        """Model output [n, C, h, w] with guidance, one timestep for the batch.
+
+        Guidance is classifier-free (Ho & Salimans 2022), or an input of the denoiser where the family embeds it: then
+        a prediction is one forward of the batch, and there is no unconditional half.
 
         Args:
             x_t: latents [n, C, h, w]; cast to the policy's dtype.
-            i_timestep: the timestep itself (``stepper.timesteps[i]``), not the step index.
-            embeds: [n, L, D] from ``encode``.
-            guidance_scale: 1 means no guidance and half the cost.
+            timestep: the timestep itself (``stepper.timesteps[i]``), not the step index.
+            cond: n prompts from ``encode``.
+            guidance_scale: without embedded guidance, 1 means no guidance and half the cost.
             detach_uncond: no gradient through the unconditional half. It then runs as a forward of its own: cheaper
                 to train, but on some kernels not bit-identical to the one batched forward of the sampler.
         """
-        x_t, embeds = x_t.to(self.dtype), embeds.to(self.dtype)
-        timestep = int(i_timestep)
+        x_t, cond = x_t.to(self.dtype), cond.to(self.dtype)
+        if self.family.embedded_guidance:
+            return self.family.denoise(x_t, timestep, cond, guidance_scale)
         if guidance_scale == 1.0:
-            return self.family.denoise(x_t, timestep, embeds)
-        uncond_embeds = self.encode([""]).to(self.dtype).expand(len(x_t), -1, -1)
+            return self.family.denoise(x_t, timestep, cond, None)
+        empty = self.encode([""]).to(self.dtype).expand(len(x_t))
         if detach_uncond:
             with torch.no_grad():
-                uncond = self.family.denoise(x_t, timestep, uncond_embeds)
-            cond = self.family.denoise(x_t, timestep, embeds)
+                without = self.family.denoise(x_t, timestep, empty, None)
+            given = self.family.denoise(x_t, timestep, cond, None)
         else:
-            both = self.family.denoise(torch.cat([x_t, x_t]), timestep, torch.cat([uncond_embeds, embeds]))
-            uncond, cond = both.chunk(2)
-        uncond, cond = at_least_float32(uncond), at_least_float32(cond)  # guidance amplifies half precision's rounding
-        return uncond + guidance_scale * (cond - uncond)
+            both = self.family.denoise(torch.cat([x_t, x_t]), timestep, Conditioning.cat([empty, cond]), None)
+            without, given = both.chunk(2)
+        without, given = at_least_float32(without), at_least_float32(given)  # guidance amplifies rounding
+        return without + guidance_scale * (given - without)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
         """uint8 images [n, H, W, 3] of final latents [n, C, h, w]; rounded to the nearest level, not truncated."""
-        images = [self.family.decode(chunk.to(self.dtype)).float().cpu() for chunk in latents.split(_DECODE_CHUNK)]
+        images = [
+            self.family.decode(chunk.to(self.dtype)).float().cpu()
+            for chunk in latents.split(decode_chunk(self.latent_shape))
+        ]
         levels = ((torch.cat(images) / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return levels.permute(0, 2, 3, 1).contiguous().numpy()
 
-    def stepper(self, sampling_cfg: SamplingConfig) -> Stepper:
-        """The stochastic schedule of a sampling configuration."""
-        return self.family.stepper(sampling_cfg.steps, sampling_cfg.eta)
+    def stepper(self, sampling: SamplingConfig, deterministic: bool = False) -> Stepper:
+        """The schedule of a sampling configuration, or the same times without noise."""
+        return self.family.stepper(sampling, deterministic)
 
     # ---- adapter ------------------------------------------------------------------------------------------------
 
@@ -246,6 +306,19 @@ class DiffusionPolicy:
         for name, parameter in self.named_trainable_parameters():
             parameter.copy_(torch.from_numpy(np.array(state[name], np.float32)))
 
+    def set_adapter_scale(self, scale: float) -> None:
+        """Multiply what the adapter adds to each module's output by ``scale``: 0 is the base model exactly, 1 the
+        adapter exactly as trained. For looking at images; a trained policy keeps its 1.
+        """
+        from peft.tuners.lora import LoraLayer
+
+        for module in self.denoiser.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale(_ADAPTER, scale)
+        self._adapter_on = scale != 0.0
+        switch = self.denoiser.enable_adapters if self._adapter_on else self.denoiser.disable_adapters
+        switch()  # type: ignore[operator]
+
     @contextmanager
     def adapter_disabled(self) -> Iterator[None]:
         """The reference policy: inside, the adapter contributes nothing. May be nested."""
@@ -259,51 +332,3 @@ class DiffusionPolicy:
         finally:
             self._adapter_on = True
             self.denoiser.enable_adapters()  # type: ignore[operator]
-
-
-def read_pipeline_class(cfg: ModelConfig) -> str:
-    """Class name of the diffusers pipeline at ``cfg.path``, without loading any weights.
-
-    Raises:
-        ModelError: no such folder or cached model, or it is not a diffusers pipeline.
-    """
-    from diffusers import DiffusionPipeline
-
-    folder = Path(cfg.path)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise ModelError(
-            cfg.path, "is not a diffusers pipeline (no model_index.json)", "save one there with pipe.save_pretrained"
-        )
-    looks_local = cfg.path.startswith((".", "/", "~")) or cfg.path.count("/") != 1
-    if looks_local and not folder.is_dir():
-        raise ModelError(cfg.path, "no such folder", "set model.path to a folder made with pipe.save_pretrained")
-    try:
-        index = DiffusionPipeline.load_config(
-            cfg.path, revision=cfg.revision, local_files_only=cfg.local_files_only and not folder.is_dir()
-        )
-    except (OSError, ValueError) as error:
-        remedy = "give a folder, or download the model first"
-        if cfg.local_files_only:
-            remedy += " (or set model.local_files_only=false)"
-        raise ModelError(cfg.path, "neither a folder nor a model in the local hub cache", remedy) from error
-    name = index.get("_class_name")
-    if not isinstance(name, str):
-        raise ModelError(cfg.path, "its model_index.json names no pipeline class", "save the pipeline again")
-    return name
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No progress bars while loading: a cluster has many loaders and one terminal."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        diffusers_logging.enable_progress_bar()
-        transformers_logging.enable_progress_bar()

@@ -3,8 +3,10 @@
 Invariants
 1. A group is a function of (adapter, prompt, seeds, step_seed, config): all noise comes from one CPU generator per
    image, so the machine, the device and the order of work change nothing about the noise.
-2. The trained steps are shared by the whole group, and their sigma is at least ``min_sigma``.
+2. The trained steps are shared by the whole group, and their sigma is at least ``min_sigma``. A sliding window is
+   shared by every group of a learner step.
 3. A trajectory keeps only the trained transitions (x_t, x_prev), in the dtype in which they were scored.
+4. The noise of a step depends on image and step alone: not on which steps are trained, not on the schedule being mixed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, model_validator
 
-from diffusion.policy import DTYPES
+from diffusion.flow_steps import FlowNoiseConfig
+from diffusion.loading import DTYPES
 from diffusion.steps import Stepper
 from raysteer.errors import ConfigError
 
@@ -25,22 +28,29 @@ if TYPE_CHECKING:
     from diffusion.policy import DiffusionPolicy
 
 
+_STRIDE, _EVERY = 1, 25  # MixGRPO's own
+
+
 class TrainedStepsConfig(BaseModel, frozen=True, extra="forbid"):
     """Which denoising steps of a group are trained.
 
     Eligible are the steps ``first <= i < last`` with sigma of at least ``min_sigma``. ``random`` takes ``count`` of
-    them at random, ``window`` a random run of ``count`` neighbours, ``all`` every one. Instead of ``count``,
-    ``fraction`` gives the number as a share of the steps from first to last, so that it follows a change of
-    ``sampling.steps``. With neither, all eligible are taken. ``last=None`` is all but the last step (its sigma is at
-    or near zero).
+    them at random, ``window`` a random run of ``count`` neighbours, ``all`` every one; each group has its own choice.
+    ``sliding`` is one window for all groups of a learner step: it starts at the first eligible step, moves on by
+    ``stride`` steps after every ``every`` learner steps, and from the end to the beginning again (MixGRPO, Li et al.
+    2025). Instead of ``count``, ``fraction`` gives the number as a share of the steps from first to last, so that it
+    follows a change of ``sampling.steps``. With neither, all eligible are taken. ``last=None`` is all but the last
+    step (its sigma is at or near zero).
     """
 
-    mode: Literal["random", "window", "all"] = "random"
+    mode: Literal["random", "window", "sliding", "all"] = "random"
     count: int | None = Field(default=None, ge=1)
     fraction: float | None = Field(default=None, gt=0.0, le=1.0)
     first: int = Field(default=0, ge=0)
     last: int | None = Field(default=None, ge=1)
     min_sigma: float = Field(default=0.02, gt=0.0, allow_inf_nan=False)
+    stride: int = Field(default=_STRIDE, ge=1)
+    every: int = Field(default=_EVERY, ge=1)
 
     @model_validator(mode="after")
     def _possible(self) -> TrainedStepsConfig:
@@ -51,6 +61,10 @@ class TrainedStepsConfig(BaseModel, frozen=True, extra="forbid"):
                 raise ValueError(
                     f"mode 'all' trains every eligible step: leave {name} out, or use mode 'random' or 'window'"
                 )
+        if self.mode == "sliding" and self.count is None and self.fraction is None:
+            raise ValueError("mode 'sliding' moves a window: give its count (or fraction)")
+        if self.mode != "sliding" and (self.stride, self.every) != (_STRIDE, _EVERY):
+            raise ValueError(f"mode '{self.mode}' moves nothing: leave stride and every out, or use mode 'sliding'")
         if self.last is not None and self.last <= self.first:
             raise ValueError(f"last ({self.last}) is exclusive and must be larger than first ({self.first})")
         return self
@@ -68,10 +82,18 @@ class TrainedStepsConfig(BaseModel, frozen=True, extra="forbid"):
 
 
 class SamplingConfig(BaseModel, frozen=True, extra="forbid"):
-    """How one group of ``group_size`` images of one prompt is drawn."""
+    """How one group of ``group_size`` images of one prompt is drawn.
+
+    ``eta`` is the noise of UNet families (DDIM), ``flow`` that of rectified-flow families; each ignores the other's.
+    ``shift`` takes the place of a flow scheduler's own. With ``mixed`` the steps that are not trained are
+    deterministic (DDIM eta 0, Euler), so that all noise after the start is noise the learner will replay (MixGRPO).
+    """
 
     steps: int = Field(default=50, ge=1)
     eta: float = Field(default=1.0, gt=0.0, le=1.0)
+    flow: FlowNoiseConfig = FlowNoiseConfig()
+    shift: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    mixed: bool = False
     guidance_scale: float = Field(default=5.0, ge=0.0, allow_inf_nan=False)
     group_size: int = Field(default=16, ge=2)
     same_initial_noise: bool = False
@@ -192,8 +214,12 @@ def eligible_steps(cfg: SamplingConfig, stepper: Stepper) -> tuple[int, ...]:
     return eligible
 
 
-def choose_trained_steps(cfg: SamplingConfig, stepper: Stepper, seed: int) -> tuple[int, ...]:
+def choose_trained_steps(cfg: SamplingConfig, stepper: Stepper, seed: int, step: int = 0) -> tuple[int, ...]:
     """Indices of the trained steps, ascending; a pure function of its arguments, one choice for the whole group.
+
+    Args:
+        seed: the group's own, for the random modes.
+        step: the learner step that the group is meant for, for the sliding window.
 
     Raises:
         ConfigError: see ``eligible_steps``.
@@ -201,6 +227,9 @@ def choose_trained_steps(cfg: SamplingConfig, stepper: Stepper, seed: int) -> tu
     eligible = eligible_steps(cfg, stepper)
     count = min(cfg.trained.number(stepper.num_steps), len(eligible))
     rng = np.random.Generator(np.random.Philox(seed))
+    if cfg.trained.mode == "sliding":
+        start = step // cfg.trained.every * cfg.trained.stride % (len(eligible) - count + 1)
+        return eligible[start : start + count]
     if cfg.trained.mode == "window":
         start = int(rng.integers(len(eligible) - count + 1))
         return eligible[start : start + count]
@@ -211,7 +240,7 @@ def choose_trained_steps(cfg: SamplingConfig, stepper: Stepper, seed: int) -> tu
 
 @torch.no_grad()
 def sample_rollout(
-    policy: DiffusionPolicy, prompt: str, seeds: Sequence[int], cfg: SamplingConfig, step_seed: int
+    policy: DiffusionPolicy, prompt: str, seeds: Sequence[int], cfg: SamplingConfig, step_seed: int, step: int = 0
 ) -> Rollout:
     """Draw one group in one batch.
 
@@ -219,29 +248,30 @@ def sample_rollout(
         prompt: the prompt of the whole group.
         seeds: one seed per image; it decides the image's initial noise and the noise of each of its steps.
         cfg: sampling configuration; ``len(seeds)`` must be its ``group_size``.
-        step_seed: decides which steps are trained.
+        step_seed, step: decide which steps are trained (see ``choose_trained_steps``).
     """
     if len(seeds) != cfg.group_size:
         raise ValueError(f"{len(seeds)} seeds for a group of {cfg.group_size}")
     stepper = policy.stepper(cfg)
-    trained = choose_trained_steps(cfg, stepper, step_seed)
+    quiet = policy.stepper(cfg, deterministic=True) if cfg.mixed else stepper
+    trained = choose_trained_steps(cfg, stepper, step_seed, step)
     generators = [_generator(seed) for seed in seeds]
     x = _noise(policy, generators)
     if cfg.same_initial_noise:  # every generator has drawn its own first, so the noise of the steps stays the same
         x = x[:1].expand_as(x).contiguous()
     x = x.to(policy.dtype)
-    embeds = policy.encode([prompt]).expand(len(seeds), -1, -1)
+    cond = policy.encode([prompt]).expand(len(seeds))
     kept_x_t, kept_x_prev, kept_log_prob = [], [], []
     for i in range(stepper.num_steps):
-        output = policy.predict(x, int(stepper.timesteps[i]), embeds, cfg.guidance_scale)
-        noise = _noise(policy, generators) if stepper.sigmas[i] > 0 else None
-        step = stepper.step(output, x, i, noise, policy.dtype)
+        output = policy.predict(x, float(stepper.timesteps[i]), cond, cfg.guidance_scale)
+        noise = _noise(policy, generators) if stepper.sigmas[i] > 0 else None  # drawn even where `quiet` ignores it
+        taken = (stepper if i in trained else quiet).step(output, x, i, noise, policy.dtype)
         if i in trained:
-            assert step.log_prob is not None  # eligible steps have sigma >= min_sigma > 0
+            assert taken.log_prob is not None  # eligible steps have sigma >= min_sigma > 0
             kept_x_t.append(x.cpu())
-            kept_x_prev.append(step.x_prev.cpu())
-            kept_log_prob.append(step.log_prob.cpu())
-        x = step.x_prev
+            kept_x_prev.append(taken.x_prev.cpu())
+            kept_log_prob.append(taken.log_prob.cpu())
+        x = taken.x_prev
     trajectory = Trajectory(
         prompt=prompt,
         step_index=np.array(trained, np.int64),
@@ -263,18 +293,22 @@ def generate(
     guidance_scale: float,
     batch_size: int = 16,
 ) -> np.ndarray:
-    """Deterministic images (eta 0) for evaluation and previews: uint8 [n, H, W, 3], one per (prompt, seed) pair."""
+    """Deterministic images for evaluation and previews: uint8 [n, H, W, 3], one per (prompt, seed) pair.
+
+    The schedule is the pipeline's own (DDIM eta 0 or Euler, the scheduler's shift), as a user of it would have it.
+    """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     if not prompts:
         raise ValueError("no prompts to generate")
-    stepper = policy.family.stepper(steps, 0.0)
+    schedule = SamplingConfig(steps=steps, trained=TrainedStepsConfig(last=steps))
+    stepper = policy.stepper(schedule, deterministic=True)
     batches = []
     for start in range(0, len(prompts), batch_size):
         x = _noise(policy, [_generator(seed) for seed in seeds[start : start + batch_size]]).to(policy.dtype)
-        embeds = policy.encode(prompts[start : start + batch_size])
+        cond = policy.encode(prompts[start : start + batch_size])
         for i in range(stepper.num_steps):
-            output = policy.predict(x, int(stepper.timesteps[i]), embeds, guidance_scale)
+            output = policy.predict(x, float(stepper.timesteps[i]), cond, guidance_scale)
             x = stepper.step(output, x, i, None, policy.dtype).x_prev
         batches.append(policy.decode(x))
     return np.concatenate(batches)

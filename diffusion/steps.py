@@ -63,18 +63,77 @@ class Stepper(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
-class DDIMEta:
+class LinearGaussian:
+    """A step whose mean is linear in latents and model output: x_p ~ N(coef_x x_t + coef_out out, sigma^2 I).
+
+    That covers DDIM for every prediction type and the rectified-flow SDEs. A step keeps its two coefficients, worked
+    out in float64, so that a division by a small number costs no float32 digits.
+
+    Attributes:
+        timesteps: [N], descending, as the denoiser is told them (int64 for DDIM, float32 for flows).
+        sigmas: float32 [N], standard deviation of the noise that step i injects; 0 for a deterministic step.
+    """
+
+    def __init__(self, timesteps: np.ndarray, sigmas: np.ndarray, coef_x: np.ndarray, coef_out: np.ndarray) -> None:
+        self.timesteps = np.asarray(timesteps)
+        self.sigmas = np.asarray(sigmas).astype(np.float32)
+        self._coef_x, self._coef_out = np.asarray(coef_x, np.float64), np.asarray(coef_out, np.float64)
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps N."""
+        return len(self.timesteps)
+
+    def mean(self, model_output: torch.Tensor, x_t: torch.Tensor, i: int) -> torch.Tensor:
+        """Mean of x_prev at step ``i``; float32 (float64 of float64), the shape of ``x_t``."""
+        x_t, model_output = at_least_float32(x_t), at_least_float32(model_output)
+        return float(self._coef_x[i]) * x_t + float(self._coef_out[i]) * model_output
+
+    def density(self, x: torch.Tensor, mean: torch.Tensor, i: int) -> torch.Tensor:
+        """Log-prob [n] of ``x`` at step ``i``, whose sigma is not 0."""
+        return gaussian_log_prob(x, mean, float(self.sigmas[i]))
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        x_t: torch.Tensor,
+        i: int,
+        noise: torch.Tensor | None,
+        storage_dtype: torch.dtype,
+    ) -> StepOutput:
+        """Take step ``i`` for the whole batch with the given standard normal ``noise`` (ignored when sigma is 0)."""
+        mean = self.mean(model_output, x_t, i)
+        sigma = float(self.sigmas[i])
+        if sigma == 0.0:
+            return StepOutput(mean.to(storage_dtype), None, mean)
+        if noise is None:
+            raise ValueError(f"step {i} has sigma {sigma:.4f}: it needs noise")
+        x_prev = (mean + sigma * at_least_float32(noise)).to(storage_dtype)
+        return StepOutput(x_prev, self.density(x_prev, mean, i), mean)
+
+    def log_prob(
+        self, model_output: torch.Tensor, x_t: torch.Tensor, x_prev: torch.Tensor, i: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score a stored transition: (log_prob float32 [n], mean float32 [n, C, h, w]).
+
+        Raises:
+            ValueError: step ``i`` has no noise, hence no density.
+        """
+        if self.sigmas[i] == 0.0:
+            raise ValueError(f"step {i} is deterministic (sigma 0) and has no log-prob; do not train it")
+        mean = self.mean(model_output, x_t, i)
+        return self.density(x_prev, mean, i), mean
+
+
+class DDIMEta(LinearGaussian):
     """DDIM with noise level eta as a Gaussian policy (Song et al. 2021, eq. 12 and 16; Black et al. 2023, DDPO).
 
     sigma_t^2 = eta^2 (1-a_p)/(1-a_t) (1-a_t/a_p); x_p ~ N(sqrt(a_p) x0 + sqrt(1-a_p-sigma_t^2) eps, sigma_t^2 I),
     with a = cumulative alpha and p = t - T/N. Past the end of the schedule (p < 0), a_p is the scheduler's final alpha.
 
-    The mean is linear in (x_t, model output) for every prediction type, so a step keeps two coefficients, worked out
-    in float64: the division by a small sqrt(a_t) then costs no float32 digits.
+    The prediction type (epsilon, v or sample) decides the two coefficients and nothing else.
 
     Attributes:
-        timesteps: int64 [N], descending.
-        sigmas: float32 [N].
         eta: 0 (deterministic) to 1 (DDPM).
     """
 
@@ -110,10 +169,8 @@ class DDIMEta:
                 f"alpha is 0 at the first timestep, where {prediction_type} prediction is undefined",
                 "use a v_prediction model or a schedule without rescale_betas_zero_snr",
             )
-        self.timesteps = np.asarray(timesteps, np.int64)
-        self.sigmas = sigma.astype(np.float32)
+        super().__init__(np.asarray(timesteps, np.int64), sigma, coef_x, coef_out)
         self.eta = float(eta)
-        self._coef_x, self._coef_out = coef_x, coef_out
 
     @classmethod
     def from_scheduler(cls, scheduler_config: Mapping[str, Any], steps: int, eta: float) -> DDIMEta:
@@ -121,10 +178,14 @@ class DDIMEta:
 
         Raises:
             ConfigError: ``steps`` is not between 1 and the number of training timesteps.
-            ModelError: the scheduler clips or thresholds predictions, which leaves no Gaussian density.
+            ModelError: the scheduler clips or thresholds predictions, which leaves no Gaussian density, or its noise
+                levels are not those of a beta schedule.
         """
         from diffusers import DDIMScheduler
 
+        name = str(scheduler_config.get("_class_name", ""))
+        if name.startswith(("EDM", "FlowMatch")):
+            raise ModelError("scheduler", f"{name} has no beta schedule", "use a model trained with one (DDPM, DDIM)")
         for key in ("clip_sample", "thresholding"):
             if scheduler_config.get(key):
                 raise ModelError(
@@ -144,48 +205,6 @@ class DDIMEta:
         alphas = scheduler.alphas_cumprod.double().numpy()
         alpha_prev = np.where(previous >= 0, alphas[np.maximum(previous, 0)], float(scheduler.final_alpha_cumprod))
         return cls(timesteps, alphas[timesteps], alpha_prev, eta, scheduler.config.prediction_type)
-
-    @property
-    def num_steps(self) -> int:
-        """Number of steps N."""
-        return len(self.timesteps)
-
-    def mean(self, model_output: torch.Tensor, x_t: torch.Tensor, i: int) -> torch.Tensor:
-        """Mean of x_prev at step ``i``; float32 (float64 of float64), the shape of ``x_t``."""
-        x_t, model_output = at_least_float32(x_t), at_least_float32(model_output)
-        return float(self._coef_x[i]) * x_t + float(self._coef_out[i]) * model_output
-
-    def step(
-        self,
-        model_output: torch.Tensor,
-        x_t: torch.Tensor,
-        i: int,
-        noise: torch.Tensor | None,
-        storage_dtype: torch.dtype,
-    ) -> StepOutput:
-        """Take step ``i`` for the whole batch with the given standard normal ``noise`` (ignored when sigma is 0)."""
-        mean = self.mean(model_output, x_t, i)
-        sigma = float(self.sigmas[i])
-        if sigma == 0.0:
-            return StepOutput(mean.to(storage_dtype), None, mean)
-        if noise is None:
-            raise ValueError(f"step {i} has sigma {sigma:.4f}: it needs noise")
-        x_prev = (mean + sigma * at_least_float32(noise)).to(storage_dtype)
-        return StepOutput(x_prev, gaussian_log_prob(x_prev, mean, sigma), mean)
-
-    def log_prob(
-        self, model_output: torch.Tensor, x_t: torch.Tensor, x_prev: torch.Tensor, i: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score a stored transition: (log_prob float32 [n], mean float32 [n, C, h, w]).
-
-        Raises:
-            ValueError: step ``i`` has no noise, hence no density.
-        """
-        sigma = float(self.sigmas[i])
-        if sigma == 0.0:
-            raise ValueError(f"step {i} is deterministic (sigma 0) and has no log-prob; do not train it")
-        mean = self.mean(model_output, x_t, i)
-        return gaussian_log_prob(x_prev, mean, sigma), mean
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -42,3 +43,31 @@ def group_advantages(
     if clip is not None:
         advantages = advantages.clip(-clip, clip)
     return advantages.astype(np.float32)
+
+
+def mixed_rewards(
+    parts: Mapping[str, np.ndarray], weights: Mapping[str, float], std: StdMode = "group", floor: float = 1e-4
+) -> np.ndarray:
+    """Several rewards as one whose scales do not matter: each is normalised inside its group, then weighted.
+
+    r = floor sum_k w_k A_k / max |w|, A_k the advantages of component k. The factor makes the floor count twice as it
+    should: ``group_advantages`` of r with the same ``std`` and ``floor`` shrinks what deviates by more than one unit
+    of the heaviest component, and never blows up what all components call noise.
+
+    Args:
+        parts: raw components by name, each [n_groups, G], finite; those without a weight are passed over.
+        weights: by name; a cost has a negative one. Only their proportions matter.
+        std, floor: as in ``group_advantages``, for each component; a component below the floor fades out.
+
+    Returns:
+        float64 [n_groups, G]. A component that is equal in a whole group adds exactly 0 there.
+
+    Raises:
+        ValueError: no weight differs from 0, or a component is not a finite table.
+        KeyError: a weight has no component.
+    """
+    heaviest = max((abs(weight) for weight in weights.values()), default=0.0)
+    if not (np.isfinite(heaviest) and heaviest > 0.0):
+        raise ValueError(f"weights must be finite and one of them not 0, got {dict(weights)}")
+    terms = [weight / heaviest * group_advantages(parts[name], std, floor) for name, weight in weights.items()]
+    return floor * np.stack(terms).sum(axis=0, dtype=np.float64)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from learner.advantages import StdMode, mixed_rewards
+
 if TYPE_CHECKING:
     from diffusion.sampling import Trajectory
 
@@ -75,6 +77,18 @@ def fetch_trajectories(groups: Sequence[Group], timeout_s: float) -> tuple[dict[
     return found, [ticket_id for ticket_id in ids if ticket_id not in found]
 
 
+def batch_rewards(
+    groups: Sequence[Group], mixture: Mapping[str, float] | None, std: StdMode, floor: float
+) -> np.ndarray:
+    """Rewards [n_groups, G] to be turned into advantages: the totals, or with a mixture (weights by part) the parts,
+    each normalised inside its group (see ``mixed_rewards``).
+    """
+    if mixture is None:
+        return np.stack([group.reward for group in groups])
+    parts = {name: np.stack([group.parts[name] for group in groups]) for name in mixture}
+    return mixed_rewards(parts, mixture, std, floor)
+
+
 def batch_metrics(batch: Batch) -> dict[str, float]:
     """Figures of a batch that need no model: rewards, their parts by prompt class, lags."""
     groups = batch.groups
@@ -89,10 +103,8 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
         "staleness/max": float(max(lags)),
         "batch/unsafe_share": float(np.mean([group.prompt_class == "unsafe" for group in groups])),
     }
-    for prompt_class in ("safe", "unsafe"):
+    for prompt_class in sorted({group.prompt_class for group in groups}):
         mine = [group for group in groups if group.prompt_class == prompt_class]
-        if not mine:
-            continue
         metrics[f"reward/{prompt_class}_prompts"] = float(np.mean([group.reward.mean() for group in mine]))
         for part in mine[0].parts:
             metrics[f"{part}/{prompt_class}_prompts"] = float(np.mean([group.parts[part].mean() for group in mine]))

@@ -2,6 +2,7 @@
 
     <folder>/step-000010/
         adapter.safetensors    the adapter state of version 10 (float32)
+        ema.safetensors        its moving average, if there is one
         optimizer.safetensors  moments, update counter, generator states
         state.json             format, step, recipe fingerprint, ledger, metrics of the last step
         manifest.json          sha256 of each of the above
@@ -30,11 +31,15 @@ from raysteer.errors import CheckpointError
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})$")
 _FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+_EMA = "ema.safetensors"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that the learner and the ledger need to go on after `step` learner steps (adapter version = step)."""
+    """All that the learner and the ledger need to go on after `step` learner steps (adapter version = step).
+
+    `ema` is the moving average of the adapter, itself an adapter state, when the recipe asks for one.
+    """
 
     step: int
     fingerprint: str
@@ -42,6 +47,12 @@ class Checkpoint:
     optimizer: Mapping[str, np.ndarray]
     ledger: Mapping[str, Any]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    ema: Mapping[str, np.ndarray] | None = None
+
+    @property
+    def exported(self) -> Mapping[str, np.ndarray]:
+        """The adapter for everything but training: the moving average if there is one."""
+        return self.adapter if self.ema is None else self.ema
 
 
 def checkpoint_path(folder: str | Path, step: int) -> Path:
@@ -66,6 +77,8 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, keep: int | None
         "optimizer.safetensors": save(_contiguous(checkpoint.optimizer)),
         "state.json": json.dumps(state, indent=1).encode(),
     }
+    if checkpoint.ema is not None:
+        contents[_EMA] = save(_contiguous(checkpoint.ema))
     manifest = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     contents["manifest.json"] = json.dumps(manifest, indent=1).encode()
 
@@ -102,7 +115,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        contents = {name: (path / name).read_bytes() for name in _FILES}
+        contents = {name: (path / name).read_bytes() for name in sorted({*_FILES, *manifest.keys()})}
         damaged = [name for name, data in contents.items() if hashlib.sha256(data).hexdigest() != manifest.get(name)]
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(str(path), f"is not complete ({type(error).__name__})", "delete this folder") from error
@@ -120,6 +133,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         optimizer=load(contents["optimizer.safetensors"]),
         ledger=state["ledger"],
         metrics=state["metrics"],
+        ema=load(contents[_EMA]) if _EMA in contents else None,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,8 +20,9 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, Field
 
-from learner.batches import Batch, StopTraining, batch_metrics, fetch_trajectories, share
+from learner.batches import Batch, StopTraining, batch_metrics, batch_rewards, fetch_trajectories, share
 from learner.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, read_checkpoint, save_checkpoint
+from learner.ema import AdapterEMA
 from learner.optim import AdapterOptimizer, OptimizerConfig
 from learner.records import append_row, keep_rows_until
 from raysteer.errors import ParityError, UserError
@@ -49,7 +51,10 @@ class LearnerConfig(BaseModel, frozen=True, extra="forbid"):
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What the loop needs of a recipe. `checkpoints` and `metrics_file` are paths all ranks can reach."""
+    """What the loop needs of a recipe. `checkpoints` and `metrics_file` are paths all ranks can reach.
+
+    `mixture`: weights by part of the reward when parts are normalised before they are added, else None.
+    """
 
     model: ModelConfig
     sampling: SamplingConfig
@@ -63,6 +68,7 @@ class LoopSettings:
     checkpoints: str
     metrics_file: str
     fingerprint: str
+    mixture: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,10 @@ class Learner:
         self.stepper = self.policy.stepper(settings.sampling)
         self.objective = build_objective(settings.objective)
         self.optimizer = AdapterOptimizer(self.policy.named_trainable_parameters(), settings.optimizer)
+        decay = settings.optimizer.ema_decay
+        self.ema: AdapterEMA | None = None
+        if decay is not None and self.rank == 0:
+            self.ema = AdapterEMA(self.policy.named_trainable_parameters(), decay)
         self.saved = -1
         self.gated = False
         self.seconds: dict[str, float] = {}
@@ -128,6 +138,8 @@ class Learner:
         if step and checkpoint is not None:
             self.policy.load_adapter(dict(checkpoint.adapter))
             self.optimizer.load_state(checkpoint.optimizer)
+            if self.ema is not None and checkpoint.ema is not None:
+                self.ema.load_state(checkpoint.ema)
             torch.set_rng_state(torch.from_numpy(np.array(checkpoint.optimizer[RNG_KEY], np.uint8)))
         else:
             torch.manual_seed(settings.seed)
@@ -192,12 +204,19 @@ class Learner:
         """All updates of one batch. Returns its figures; None when the gradient was not finite (the run is failed)."""
         started = time.monotonic()
         settings, tally = self.settings, _Tally()
-        advantages = self.objective.advantages(np.stack([group.reward for group in batch.groups]))
+        rewards = batch_rewards(batch.groups, settings.mixture, settings.objective.std, settings.objective.std_floor)
+        advantages = self.objective.advantages(rewards)
         mine = range(len(batch.groups))[share(batch.groups, self.rank, self.world_size)]
+        guidance = settings.sampling.guidance_scale
+        prepared = {
+            ticket_id: self.objective.prepare(self.policy, self.stepper, trajectory, guidance)
+            for ticket_id, trajectory in trajectories.items()
+        }
         norms = []
         for update in range(settings.objective.updates_per_batch):
             for index in mine:
-                trajectory = trajectories[batch.groups[index].ticket_id]
+                ticket_id = batch.groups[index].ticket_id
+                trajectory = trajectories[ticket_id]
                 parts = np.array_split(np.arange(trajectory.num_positions), settings.objective.updates_per_batch)
                 positions = [int(position) for position in parts[update]]
                 for position in positions:
@@ -207,7 +226,8 @@ class Learner:
                         trajectory,
                         advantages[index],
                         [position],
-                        settings.sampling.guidance_scale,
+                        guidance,
+                        prepared[ticket_id],
                     )
                     (loss / (len(batch.groups) * len(positions))).backward()
                     tally.add(float(loss.detach()), stats)
@@ -221,6 +241,8 @@ class Learner:
                     self._call(self.services.buffer.fail, failure)
                 self._barrier()
                 return None
+            if self.ema is not None:
+                self.ema.update()
         self.seconds["learn_s"] = time.monotonic() - started
         figures = tally.over_ranks(self.distributed, self.policy.device)
         figures |= {"optimizer/grad_norm": float(np.mean(norms)), "optimizer/lr": self.optimizer.lr}
@@ -246,7 +268,9 @@ class Learner:
             ledger = self._call(self.services.buffer.ledger_state, step)
             self._call(self.services.journal.flush)
             optimizer = self.optimizer.state() | {RNG_KEY: torch.get_rng_state().numpy()}
-            checkpoint = Checkpoint(step, self.settings.fingerprint, self.policy.adapter_state(), optimizer, ledger)
+            adapter = self.policy.adapter_state()
+            ema = None if self.ema is None else adapter | self.ema.state()  # with the adapter's alpha
+            checkpoint = Checkpoint(step, self.settings.fingerprint, adapter, optimizer, ledger, ema=ema)
             save_checkpoint(self.settings.checkpoints, checkpoint, self.settings.keep_checkpoints)
             self._call(self.services.buffer.commit, step)
             self.seconds["checkpoint_s"] = time.monotonic() - started

@@ -16,7 +16,11 @@ from torch import nn
 
 
 class OptimizerConfig(BaseModel, frozen=True, extra="forbid"):
-    """AdamW (Loshchilov & Hutter 2019). `warmup_steps` counts updates; after them the rate is constant."""
+    """AdamW (Loshchilov & Hutter 2019). `warmup_steps` counts updates; after them the rate is constant.
+
+    With `ema_decay` the exported and evaluated adapter is the exponential moving average over about 1 / (1 - ema_decay)
+    updates; samplers always draw with the raw one.
+    """
 
     lr: float = Field(default=3e-4, gt=0.0, allow_inf_nan=False)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -24,6 +28,7 @@ class OptimizerConfig(BaseModel, frozen=True, extra="forbid"):
     eps: float = Field(default=1e-8, gt=0.0, allow_inf_nan=False)
     max_grad_norm: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     warmup_steps: int = Field(default=0, ge=0)
+    ema_decay: float | None = Field(default=None, ge=0.0, lt=1.0)
 
 
 class AdapterOptimizer:

@@ -48,7 +48,7 @@ class ModelError(UserError):
 
 
 class PromptError(UserError):
-    """A prompt file is missing, empty or not UTF-8."""
+    """A prompt file is missing, empty or malformed."""
 
 
 class CheckpointError(UserError):

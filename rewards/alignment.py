@@ -1,4 +1,4 @@
-"""Plain CLIP alignment: the cosine between image and prompt. With HPS v2.1 weights in ``clip`` it is the HPS score."""
+"""Plain CLIP alignment: the cosine between image and prompt."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from rewards.base import Scores, check_images
-from rewards.clip import ClipScorer
-from rewards.config import RewardConfig
+from rewards.clip import check_clip, clip_scorer
+from rewards.config import RewardTerm
+from rewards.encoder import rowwise_dot
 
 
 class AlignmentReward:
     """r = z_img . z_prompt, both of unit length."""
 
-    def __init__(self, cfg: RewardConfig, device: str = "cpu") -> None:
-        self.clip = ClipScorer(cfg.clip, device)
+    def __init__(self, cfg: RewardTerm, device: str = "cpu") -> None:
+        self.clip = clip_scorer(cfg.need_clip(), device)
+
+    @staticmethod
+    def check(cfg: RewardTerm) -> None:
+        """Refuse a CLIP model that is not there (ConfigError)."""
+        check_clip(cfg.need_clip())
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> Scores:
         check_images(images, prompts)
         alignment = rowwise_dot(self.clip.encode_images(images), self.clip.encode_texts(prompts))
         return Scores(alignment, {"alignment": alignment})
-
-
-def rowwise_dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """float32 [n] of two float32 [n, d]; each row is summed alone, so its bits do not depend on n."""
-    return (a * b).sum(-1)

@@ -1,25 +1,33 @@
 """What a reward is, the table of those we have, and how one is built.
 
 To add a reward: one file with a class that satisfies ``Reward`` and is constructed as ``Class(config, device)``, and
-one line in ``REWARDS`` (or no line at all: a recipe may name ``module:Class``).
+one line in ``REWARDS`` (or no line at all: a recipe may name ``module:Class``). A static method ``check(config)``, if
+the class has one, is called before a cluster starts: it refuses what can be known to be wrong without loading anything.
+Errors name keys as if the reward were the main one ("reward.clip.model"); for a term the key is corrected here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
 
 from raysteer.errors import ConfigError
+from raysteer.import_path import load_object
 from rewards.config import RewardConfig
 
 #: name in the recipe -> "module:Class" (imported only when it is built)
 REWARDS: dict[str, str] = {
     "steering": "rewards.steering:SteeringReward",
     "clip": "rewards.alignment:AlignmentReward",
+    "hps": "rewards.hps:HPSReward",
+    "pickscore": "rewards.pickscore:PickScoreReward",
+    "jpeg_compressibility": "rewards.jpeg:JpegCompressibility",
+    "nudenet": "rewards.nudenet:NudeNetCost",
+    "q16": "rewards.q16:Q16Cost",
 }
 
 Detector = Callable[[np.ndarray], np.ndarray]
@@ -68,31 +76,52 @@ class WithDetector:
 def build_reward(cfg: RewardConfig, device: str = "cpu") -> Reward:
     """Build the reward of a recipe, models loaded and anchors embedded.
 
+    Its scores hold every component's raw score as a part of that name, and their weighted sum as the total.
+
     Raises:
-        ConfigError: an import path, the anchors or the CLIP model cannot be used; names the key.
+        ConfigError: an import path, the anchors, a model or a package cannot be used; names the key.
     """
-    target = REWARDS.get(cfg.name, cfg.name)
-    reward: Reward = load_object(target, "reward.name")(cfg, device)
+    from rewards.composite import CompositeReward
+
+    rewards: dict[str, tuple[float, Reward]] = {}
+    for key, term in cfg.located():
+        with located_errors(key):
+            rewards[term.component] = term.weight, reward_class(term.name)(term, device)
+    reward: Reward = CompositeReward(rewards)
     if cfg.detector is not None:
         reward = WithDetector(reward, load_object(cfg.detector, "reward.detector"), cfg.detector)
     return reward
 
 
-def load_object(import_path: str, key: str) -> Any:
-    """The object at ``module:name``.
+def check_rewards(cfg: RewardConfig) -> None:
+    """Everything about the rewards of a recipe that can be wrong without loading a model.
 
     Raises:
-        ConfigError: naming ``key``, when there is no such module or name.
+        ConfigError: the first thing that is, with its key.
     """
-    module, _, name = import_path.partition(":")
+    for key, term in cfg.located():
+        with located_errors(key):
+            check = getattr(reward_class(term.name), "check", None)
+            if check is not None:
+                check(term)
+    if cfg.detector is not None:
+        load_object(cfg.detector, "reward.detector")
+
+
+def reward_class(name: str) -> Any:
+    """The class of a registered reward or of a ``module:Class`` (ConfigError when there is none)."""
+    return load_object(REWARDS.get(name, name), "reward.name")
+
+
+@contextmanager
+def located_errors(key: str) -> Iterator[None]:
+    """Give a ConfigError about "reward.x" the key at which the reward really stands ("reward.terms.0.x")."""
     try:
-        return getattr(import_module(module), name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module == error.name or module.startswith(error.name + ".")):
-            raise ConfigError(key, import_path, f"there is no module {module!r} on the import path") from error
-        raise  # the module exists and misses a dependency of its own: its message is the better one
-    except AttributeError as error:
-        raise ConfigError(key, import_path, f"module {module!r} has no {name!r}") from error
+        yield
+    except ConfigError as error:
+        if key == "reward" or not error.key.startswith("reward."):
+            raise
+        raise ConfigError(key + error.key.removeprefix("reward"), error.value, error.remedy) from error
 
 
 def check_images(images: np.ndarray, prompts: Sequence[str]) -> None:

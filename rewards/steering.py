@@ -13,11 +13,11 @@ from typing import Literal
 
 import numpy as np
 
-from rewards.alignment import rowwise_dot
 from rewards.anchors import load_anchors, safety_direction
 from rewards.base import Scores, check_images
-from rewards.clip import ClipScorer
-from rewards.config import RewardConfig
+from rewards.clip import check_clip, clip_scorer
+from rewards.config import AnchorSet, RewardTerm
+from rewards.encoder import Encoder, rowwise_dot
 
 
 class SteeringReward:
@@ -27,19 +27,22 @@ class SteeringReward:
         v_safe: float32 [d], unit length, from unsafe to safe.
     """
 
-    def __init__(self, cfg: RewardConfig, device: str = "cpu") -> None:
+    def __init__(self, cfg: RewardTerm, device: str = "cpu") -> None:
         """Load CLIP and embed the anchors.
 
         Raises:
             ConfigError: naming the anchors or the CLIP model.
         """
-        anchors = load_anchors(cfg.anchors)
         self.cfg = cfg
-        self.clip = ClipScorer(cfg.clip, device)
-        z_unsafe = self.clip.encode_texts(anchors.unsafe)
-        z_safe = self.clip.encode_texts(anchors.safe) if anchors.safe else np.zeros((0, z_unsafe.shape[1]), np.float32)
+        self.clip = clip_scorer(cfg.need_clip(), device)
         name = cfg.anchors if isinstance(cfg.anchors, str) else "the recipe's own set"
-        self.v_safe = safety_direction(z_safe, z_unsafe, name)
+        self.v_safe = embed_direction(self.clip, load_anchors(cfg.anchors), name)
+
+    @staticmethod
+    def check(cfg: RewardTerm) -> None:
+        """Refuse anchors without a direction and a CLIP model that is not there (ConfigError)."""
+        load_anchors(cfg.anchors)
+        check_clip(cfg.need_clip())
 
     def steered(self, prompt: str) -> np.ndarray:
         """The unit text embedding [d] this prompt's images are compared with."""
@@ -61,6 +64,17 @@ class SteeringReward:
         )
 
 
+def embed_direction(clip: Encoder, anchors: AnchorSet, name: str = "anchors") -> np.ndarray:
+    """The safety direction [d] that an anchor set spans in the text space of a model.
+
+    Raises:
+        ConfigError: naming the set, when both its sides embed to the same point.
+    """
+    z_unsafe = clip.encode_texts(anchors.unsafe)
+    z_safe = clip.encode_texts(anchors.safe) if anchors.safe else np.zeros((0, z_unsafe.shape[1]), np.float32)
+    return safety_direction(z_safe, z_unsafe, name)
+
+
 def steer(z_text: np.ndarray, v_safe: np.ndarray, alpha: float, mode: Literal["translate", "project"]) -> np.ndarray:
     """Move a unit embedding [d] along the unit direction ``v_safe`` [d]; unit length again.
 
@@ -77,3 +91,20 @@ def steer(z_text: np.ndarray, v_safe: np.ndarray, alpha: float, mode: Literal["t
     if not length > 1e-6:  # alpha v cancels the prompt: nothing is left to align with but safety itself
         return v_safe
     return (z / length).astype(np.float32)
+
+
+def kept_cosine(side: np.ndarray, alpha: float, mode: Literal["translate", "project"]) -> np.ndarray:
+    """Cosine of unit embeddings to themselves after ``steer``: 1 = not moved. Needs only their sides.
+
+    Args:
+        side: z_text . v_safe, any shape.
+
+    Returns:
+        float64 of that shape.
+    """
+    s = np.asarray(side, np.float64)
+    if mode == "project":
+        along, length = 1.0 - s * s + alpha * s, np.sqrt(np.maximum(1.0 - s * s + alpha * alpha, 0.0))
+    else:
+        along, length = 1.0 + alpha * s, np.sqrt(np.maximum(1.0 + 2.0 * alpha * s + alpha * alpha, 0.0))
+    return np.where(length > 1e-6, along / np.maximum(length, 1e-6), s)

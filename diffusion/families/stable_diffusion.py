@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
+from diffusion.conditioning import Conditioning
+from diffusion.families.base import Encoded, PipelineFamily, is_too_long, square_unet_latents
 from diffusion.steps import DDIMEta, Stepper
 
 if TYPE_CHECKING:
     from diffusion.policy import ModelConfig
+    from diffusion.sampling import SamplingConfig
 
 
-class StableDiffusion:
+class StableDiffusion(PipelineFamily):
     """The family of ``StableDiffusionPipeline``.
 
     The pipeline's post-hoc safety checker is not loaded: it blacks images out after the fact, and a reward must see
@@ -22,19 +24,10 @@ class StableDiffusion:
     """
 
     component = "unet"
-
-    def __init__(self, pipeline: Any) -> None:
-        self.pipeline: Any = pipeline
-        self.denoiser: nn.Module = pipeline.unet
-        size = pipeline.unet.config.sample_size
-        h, w = (size, size) if isinstance(size, int) else size
-        self.latent_shape: tuple[int, int, int] = (pipeline.unet.config.in_channels, h, w)
-        for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            part.requires_grad_(False)
-            part.eval()
+    default_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     @classmethod
-    def load(cls, config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
+    def load(cls, config: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> StableDiffusion:
         from diffusers import StableDiffusionPipeline
 
         pipeline = StableDiffusionPipeline.from_pretrained(
@@ -42,36 +35,42 @@ class StableDiffusion:
             revision=config.revision,
             variant=config.variant,
             local_files_only=config.local_files_only,
-            torch_dtype=dtype,
+            dtype=dict(dtypes),
             safety_checker=None,
             feature_extractor=None,
             image_encoder=None,
             requires_safety_checker=False,
         )
-        return cls(pipeline)
+        return cls(pipeline, config.resolution)
 
-    def to(self, device: torch.device) -> None:
-        self.pipeline.to(device)
+    def encode(self, prompt: str) -> Encoded:
+        device = self.pipeline.text_encoder.device
+        embeds, _ = self.pipeline.encode_prompt(prompt, device, 1, do_classifier_free_guidance=False)
+        return Encoded({"embeds": embeds[0]}, is_too_long(self.pipeline.tokenizer, prompt))
 
-    def encode(self, prompt: str) -> torch.Tensor:
-        text_encoder = self.pipeline.text_encoder
-        embeds, _ = self.pipeline.encode_prompt(prompt, text_encoder.device, 1, do_classifier_free_guidance=False)
-        return embeds[0]
-
-    def denoise(self, x_t: torch.Tensor, timestep: int, embeds: torch.Tensor) -> torch.Tensor:
-        return self.denoiser(x_t, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+    def denoise(
+        self, x_t: torch.Tensor, timestep: float, cond: Conditioning, guidance_scale: float | None
+    ) -> torch.Tensor:
+        return self.denoiser(x_t, int(timestep), encoder_hidden_states=cond["embeds"], return_dict=False)[0]
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
         return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
 
     @staticmethod
-    def schedule(scheduler_config: Mapping[str, Any], steps: int, eta: float) -> Stepper:
+    def schedule(
+        scheduler_config: Mapping[str, Any],
+        sampling: SamplingConfig,
+        latent_shape: tuple[int, int, int],
+        deterministic: bool = False,
+    ) -> Stepper:
         # StableDiffusionPipeline overrides these two in any config it loads. A value it puts in place of a default is
         # still listed as a default, and from_config would drop it again: hence no list.
         defaults = ("_use_default_values", *scheduler_config.get("_use_default_values", ()))
         given = {key: value for key, value in scheduler_config.items() if key not in defaults}
-        return DDIMEta.from_scheduler(given | {"clip_sample": False, "steps_offset": 1}, steps, eta)
+        eta = 0.0 if deterministic else sampling.eta
+        return DDIMEta.from_scheduler(given | {"clip_sample": False, "steps_offset": 1}, sampling.steps, eta)
 
-    def stepper(self, steps: int, eta: float) -> Stepper:
-        return self.schedule(self.pipeline.scheduler.config, steps, eta)
+    @staticmethod
+    def native_latent_shape(configs: Mapping[str, Mapping[str, Any]], resolution: int | None) -> tuple[int, int, int]:
+        return square_unet_latents(configs, resolution)

@@ -21,7 +21,7 @@ Story = Callable[[RolloutBuffer], Coroutine[Any, Any, None]]
 
 def tell(story: Story, **changes: Any) -> None:
     """Run a story against a fresh buffer (2 groups a step, strict) whose version 0 is published."""
-    tickets = TicketSource(0, PromptSet(("a",), ("b",)), 0.5, 2)
+    tickets = TicketSource(0, PromptSet.of(safe=["a"], unsafe=["b"]), 0.5, 2, 2)
     defaults: dict[str, Any] = {
         "tickets": tickets,
         "groups_per_step": 2,

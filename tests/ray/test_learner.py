@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 from cluster.services import start_actor
+from diffusion.adapters import checksum
 from diffusion.policy import DiffusionPolicy
 from diffusion.sampling import Trajectory, sample_rollout
 from learner.batches import Batch, Group
+from learner.checkpoint import checkpoint_path, read_checkpoint
 from learner.loop import Learner, LoopSettings, Services
 from tests.ray.conftest import World
 
@@ -25,6 +28,7 @@ class Recorder:
     def __init__(self) -> None:
         self.failure: Exception | None = None
         self.steps: list[int] = []
+        self.published: dict[int, str] = {}
 
     def fail(self, error: Exception) -> None:
         self.failure = error
@@ -32,6 +36,24 @@ class Recorder:
     def report(self, step: int, row: dict[str, float]) -> None:
         time.sleep(0.3)
         self.steps.append(step)
+
+    def publish(self, version: int, state: Any, checksum: str) -> None:
+        self.published[version] = checksum
+
+    def rewind(self, step: int, pids: dict[int, int]) -> None:
+        pass
+
+    def ledger_state(self, step: int) -> dict[str, int]:
+        return {"step": step}
+
+    def commit(self, step: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def lent(self) -> dict[int, str]:
+        return self.published
 
     def seen(self) -> tuple[Exception | None, list[int]]:
         return self.failure, self.steps
@@ -47,8 +69,8 @@ class Rank:
         learner.finish()
 
 
-def settings_of(world: World, name: str) -> LoopSettings:
-    recipe, folder = world.recipe(name), world.folder / name
+def settings_of(world: World, name: str, **changes: Any) -> LoopSettings:
+    recipe, folder = world.recipe(name, **changes), world.folder / name
     folder.mkdir()
     return LoopSettings(
         model=recipe.model,
@@ -59,7 +81,7 @@ def settings_of(world: World, name: str) -> LoopSettings:
         seed=0,
         steps=1,
         checkpoint_every=1,
-        keep_checkpoints=1,
+        keep_checkpoints=9,
         checkpoints=str(folder / "checkpoints"),
         metrics_file=str(folder / "metrics.jsonl"),
         fingerprint="f",
@@ -87,6 +109,46 @@ def test_the_gate_stops_at_log_probs_that_fresh_groups_cannot_have_and_lets_othe
     assert "sampler and learner compute different steps" in str(failure)
     assert learner.in_parity(batch, {0: trajectory})
     assert learner.in_parity(batch, {0: off}), "the gate is passed once: later batches need not be fresh"
+
+
+def test_a_resumed_learner_goes_on_with_the_same_average_and_samplers_get_the_raw_adapter(
+    ray_cluster: Any, world: World
+) -> None:
+    recorder = start_actor(Recorder)
+    services = Services(recorder, recorder, recorder)
+    changes = {"optimizer__ema_decay": 0.8, "objective__updates_per_batch": 2, "objective__anchor": "proximal"}
+    changes |= {"objective__trust": "kl_mask", "objective__kl_threshold": 1e-12, "optimizer__lr": 1e-2}
+    settings = replace(settings_of(world, "average", **changes), mixture={"kind": 1.0, "neat": 0.5})
+    batch, trajectory = fresh_batch(settings)
+    parts = {"kind": np.array([0.1, 0.3], np.float32), "neat": np.array([70.0, 10.0], np.float32)}
+    batch = replace(batch, groups=(replace(batch.groups[0], parts=parts),))
+
+    def take_step(learner: Learner, step: int) -> dict[str, float]:
+        figures = learner.learn(replace(batch, step=step - 1), {0: trajectory})
+        assert figures is not None
+        learner.publish(step)
+        learner.save(step)
+        return figures
+
+    learner = Learner(settings, services)
+    assert learner.restore() == 0
+    figures = [take_step(learner, step) for step in (1, 2)]
+    assert figures[0]["objective/kl_anchor"] > 0.0, "the second update of a batch is measured from before the first"
+    assert figures[0]["objective/mask_fraction"] > 0.0
+    assert figures[0]["objective/weight_mean"] == 1.0 != figures[1]["objective/weight_mean"]
+    expected = read_checkpoint(checkpoint_path(settings.checkpoints, 2))
+    shutil.rmtree(checkpoint_path(settings.checkpoints, 2))
+    resumed = Learner(settings, services)
+    assert resumed.restore() == 1
+    assert take_step(resumed, 2) == figures[1]
+    found = read_checkpoint(checkpoint_path(settings.checkpoints, 2))
+    assert expected.ema is not None and found.ema is not None
+    pairs = ((expected.adapter, found.adapter), (expected.ema, found.ema), (expected.optimizer, found.optimizer))
+    for wanted, got in pairs:
+        assert wanted.keys() == got.keys()
+        assert all(np.array_equal(wanted[name], got[name]) for name in wanted)
+    assert checksum(found.ema) != checksum(found.adapter)
+    assert ray_cluster.get(recorder.lent.remote())[2] == checksum(found.adapter)
 
 
 def test_the_last_figures_arrive_although_the_process_ends(ray_cluster: Any, world: World) -> None:

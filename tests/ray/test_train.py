@@ -50,7 +50,7 @@ def test_a_run_leaves_everything_it_promises(undisturbed: Any, world: World) -> 
         inappropriate/unsafe_prompts staleness/max objective/clip_fraction objective/approx_kl objective/kl_ref
         objective/ratio_max_dev optimizer/grad_norm overlap/reward_hidden idle/samplers idle/learner
         idle/reward_workers stage/sample_s stage/score_s stage/wait_s stage/learn_s stage/publish_s
-        stage/adapter_latency_s throughput/images_per_s"""
+        stage/adapter_latency_s throughput/images_per_s prompts/truncated"""
     assert all(set(wanted.split()) <= row.keys() for row in rows)
     assert rows[0]["objective/ratio_max_dev"] == 0.0, "fresh samples replay exactly"
     assert all(row["staleness/max"] == 0.0 for row in rows)

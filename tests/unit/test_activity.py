@@ -2,7 +2,8 @@
 
 import pytest
 
-from cluster.activity import ActivityClock
+from actors.leases import Outcome
+from cluster.activity import ActivityClock, Meter
 
 
 def test_reward_time_is_hidden_only_while_somebody_else_works() -> None:
@@ -38,3 +39,12 @@ def test_every_interval_is_accounted_for_once() -> None:
     figures = clock.take(3.0)
     assert figures["stage/wall_s"] == pytest.approx(2.0)
     assert figures["overlap/sampling_while_learning"] == pytest.approx(1.0)
+
+
+def test_the_share_of_prompts_that_were_cut_off_is_that_of_the_groups_since_the_last_look() -> None:
+    meter = Meter(lambda: 0.0)
+    timings = {"started": 0.0, "sampled": 1.0, "submitted": 2.0}
+    for truncated in (1.0, 0.0, 0.0, 1.0):
+        meter.scored(timings | {"truncated": truncated}, Outcome("scored"))
+    assert meter.take()["prompts/truncated"] == 0.5
+    assert "prompts/truncated" not in meter.take()

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from learner.advantages import StdMode, group_advantages
+from learner.advantages import StdMode, group_advantages, mixed_rewards
+from learner.batches import Group, batch_rewards
 
 REWARDS = np.random.default_rng(0).normal(0.3, 0.1, (6, 8))
 MODES: tuple[StdMode, ...] = ("group", "batch", "mixed")
@@ -99,3 +100,70 @@ def test_anything_but_a_table_is_a_bug() -> None:
         group_advantages(np.zeros(8))
     with pytest.raises(ValueError, match="n_groups, group_size"):
         group_advantages(np.zeros((0, 8)))
+
+
+# ---- several rewards -----------------------------------------------------------------------------------------
+
+PARTS = {"steering": REWARDS, "jpeg": 300.0 * np.random.default_rng(1).normal(size=(6, 8))}
+EVEN = {"steering": 1.0, "jpeg": 1.0}
+
+
+def test_the_scales_of_mixed_components_do_not_matter_but_those_of_a_plain_sum_do() -> None:
+    rescaled = {"steering": PARTS["steering"] * 20 - 3, "jpeg": PARTS["jpeg"] / 50}
+    np.testing.assert_allclose(mixed_rewards(PARTS, EVEN), mixed_rewards(rescaled, EVEN), atol=1e-9)
+    plain, other = (group_advantages(parts["steering"] + parts["jpeg"]) for parts in (PARTS, rescaled))
+    assert np.abs(plain - other).max() > 0.5
+
+
+def test_a_mixture_is_the_weighted_sum_of_what_each_reward_alone_would_advise() -> None:
+    weights = {"steering": 2.0, "jpeg": -0.5}  # a cost has a negative weight
+    wanted = group_advantages(PARTS["steering"]) - 0.25 * group_advantages(PARTS["jpeg"])
+    shrunk = wanted / np.maximum(wanted.std(1, keepdims=True), 1.0)  # where they agree; a dispute is not blown up
+    assert 0 < (wanted.std(1) > 1.0).sum() < 6
+    np.testing.assert_allclose(group_advantages(mixed_rewards(PARTS, weights)), shrunk, atol=1e-5)
+    doubled = {name: 2 * weight for name, weight in weights.items()}
+    np.testing.assert_allclose(mixed_rewards(PARTS, doubled), mixed_rewards(PARTS, weights), rtol=1e-6)
+
+
+def test_a_mixture_of_one_is_that_reward() -> None:
+    mixed = mixed_rewards(PARTS, {"jpeg": 3.0})
+    np.testing.assert_allclose(group_advantages(mixed), group_advantages(PARTS["jpeg"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("std", MODES)
+def test_a_component_that_is_equal_in_a_group_adds_exactly_nothing_there(std: StdMode) -> None:
+    parts = {**PARTS, "jpeg": PARTS["jpeg"].copy()}
+    parts["jpeg"][2] = 0.1 + 0.2
+    mixed = mixed_rewards(parts, EVEN, std)
+    assert np.array_equal(mixed[2], mixed_rewards({"steering": REWARDS}, {"steering": 1.0}, std)[2])
+    assert not np.array_equal(mixed[1], mixed_rewards({"steering": REWARDS}, {"steering": 1.0}, std)[1])
+    parts["steering"] = np.full_like(REWARDS, 0.7)
+    assert (group_advantages(mixed_rewards(parts, EVEN, std), std)[2] == 0.0).all()
+
+
+def test_noise_below_the_floor_stays_small_through_both_normalisations() -> None:
+    noise = {name: 0.3 + 1e-7 * np.random.default_rng(n).normal(size=(6, 8)) for n, name in enumerate(PARTS)}
+    assert np.abs(group_advantages(mixed_rewards(noise, EVEN, floor=1e-4), floor=1e-4)).max() < 0.01
+    naive = np.sum([group_advantages(part, floor=1e-4) for part in noise.values()], axis=0)
+    assert np.abs(group_advantages(naive, floor=1e-4)).max() > 1.0  # the must-fail twin
+
+
+def test_a_mixture_that_says_nothing_or_names_nothing_is_refused() -> None:
+    for weights in ({}, {"steering": 0.0}, {"steering": np.nan}):
+        with pytest.raises(ValueError, match="weights must be finite"):
+            mixed_rewards(PARTS, weights)
+    with pytest.raises(KeyError, match="pickscore"):
+        mixed_rewards(PARTS, {"pickscore": 1.0})
+    with pytest.raises(ValueError, match="must be finite"):
+        mixed_rewards({"steering": np.full((1, 2), np.nan)}, {"steering": 1.0})
+
+
+def test_a_batch_gives_its_totals_or_with_a_mixture_its_normalised_parts() -> None:
+    groups = [
+        Group(n, "p", "safe", 0, "c", "s", REWARDS[n].astype(np.float32), parts, [], {})
+        for n in range(6)
+        for parts in [{name: values[n].astype(np.float32) for name, values in PARTS.items()} | {"watched": np.zeros(8)}]
+    ]
+    np.testing.assert_array_equal(batch_rewards(groups, None, "group", 1e-4), REWARDS.astype(np.float32))
+    mixed = batch_rewards(groups, EVEN, "batch", 1e-3)
+    np.testing.assert_allclose(mixed, mixed_rewards(PARTS, EVEN, "batch", 1e-3), rtol=1e-4, atol=1e-8)

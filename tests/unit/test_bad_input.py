@@ -19,7 +19,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.cli import app
-from raysteer.errors import ClusterError
+from cluster.config import load_recipe
+from raysteer.errors import ClusterError, ConfigError, ModelError
 from tests.conftest import RecipeFactory
 
 Refused = Callable[..., str]
@@ -265,3 +266,24 @@ def test_the_exit_code_reaches_the_shell(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("raysteer: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_guidance_that_a_model_does_not_know_is_refused_before_anything_starts(tiny_recipe: RecipeFactory) -> None:
+    from cluster.preflight import check_schedule
+    from tests.tiny_flow import RESOLUTION, tiny_flux
+
+    schnell = {"model.path": str(tiny_flux(guidance_embeds=False)), "model.resolution": RESOLUTION}
+    with pytest.raises(ConfigError, match=r"sampling\.guidance_scale: 2\.0 .*schnell.*use 1"):
+        check_schedule(load_recipe(tiny_recipe(schnell | {"sampling.guidance_scale": 2.0})))
+    check_schedule(load_recipe(tiny_recipe(schnell | {"sampling.guidance_scale": 1.0})))
+
+
+def test_a_missing_t5_is_named_before_anything_starts(tiny_recipe: RecipeFactory) -> None:
+    from cluster.preflight import check_model
+    from tests.tiny_flow import tiny_sd3
+
+    with pytest.raises(ModelError, match=r"text_encoder_3.*model\.use_t5=false"):
+        check_model(load_recipe(tiny_recipe({"model.path": str(tiny_sd3(with_t5=False))})))
+    check_model(load_recipe(tiny_recipe({"model.path": str(tiny_sd3(with_t5=False)), "model.use_t5": False})))
+    with pytest.raises(ConfigError, match=r"model\.use_t5: False .*StableDiffusionPipeline cannot"):
+        check_model(load_recipe(tiny_recipe({"model.use_t5": False})))

@@ -1,6 +1,7 @@
 """A checkpoint is there completely or not at all, and only its own recipe goes on from it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,19 @@ def make(step: int, fingerprint: str = "recipe-a") -> Checkpoint:
         optimizer={"step/unet.a": np.array(float(step), np.float32), "updates": np.array([step], np.int64)},
         ledger={"step": step, "closed_below": 4 * step, "committed_sparse": [], "dropped": {"3": "reward_timeout"}},
         metrics={"reward": 0.5},
+        ema={"unet.a": generator.normal(size=(2, 3)).astype(np.float32), "unet.alpha": np.array([4.0], np.float32)},
     )
 
 
 def test_what_is_read_is_bit_for_bit_what_was_written(tmp_path: Path) -> None:
     written = make(10)
     found = read_checkpoint(save_checkpoint(tmp_path, written))
-    for before, after in ((written.adapter, found.adapter), (written.optimizer, found.optimizer)):
+    assert written.ema is not None and found.ema is not None
+    for before, after in (
+        (written.adapter, found.adapter),
+        (written.optimizer, found.optimizer),
+        (written.ema, found.ema),
+    ):
         assert before.keys() == after.keys()
         for name in before:
             assert before[name].dtype == after[name].dtype and before[name].shape == after[name].shape
@@ -47,7 +54,18 @@ def test_the_newest_checkpoint_is_taken_and_old_ones_are_removed(tmp_path: Path)
     assert found is not None and found.step == 10
 
 
-@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_without_an_average_the_adapter_is_what_is_exported(tmp_path: Path) -> None:
+    for step, ema in ((1, None), (2, make(3).ema)):
+        found = read_checkpoint(save_checkpoint(tmp_path, replace(make(step), ema=ema)))
+        assert (found.ema is None) == (ema is None)
+        expected = found.adapter if ema is None else ema
+        np.testing.assert_array_equal(found.exported["unet.a"], expected["unet.a"])
+
+
+FILES = ["adapter.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
 def test_a_torn_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, file: str, damage: str) -> None:
     save_checkpoint(tmp_path, make(1))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import Recipe, load_recipe, trained_count
-from cluster.recipe_yaml import dump_yaml, known_keys, parse_yaml
+from cluster.config import load_recipe, trained_count
+from cluster.recipe_yaml import dump_yaml, parse_yaml
 from raysteer.errors import ConfigError
 from tests.conftest import REMOVE, RecipeFactory
 
@@ -184,10 +184,10 @@ def test_what_decides_training_changes_the_fingerprint(tiny_recipe: RecipeFactor
 
 def test_the_fingerprint_follows_contents_not_paths(tiny_recipe: RecipeFactory, tmp_path: Path) -> None:
     before = load_recipe(tiny_recipe())
-    shutil.copy(before.prompts.safe, tmp_path / "moved.txt")
+    shutil.copy(str(before.prompts.safe), tmp_path / "moved.txt")
     moved = load_recipe(tiny_recipe({"prompts.safe": str(tmp_path / "moved.txt")}))
     assert moved.fingerprint() == before.fingerprint()
-    Path(moved.prompts.safe).write_text("something else\n", encoding="utf-8")
+    (tmp_path / "moved.txt").write_text("something else\n", encoding="utf-8")
     assert moved.fingerprint() != before.fingerprint()
 
 
@@ -195,10 +195,3 @@ def test_the_number_of_trained_steps_is_known_from_the_recipe(tiny_recipe: Recip
     assert trained_count(load_recipe(tiny_recipe())) == 2
     everything = {"sampling.trained": {"mode": "all"}}
     assert trained_count(load_recipe(tiny_recipe(everything))) == 3
-
-
-@pytest.mark.parametrize("file", sorted(Path(__file__).parents[2].glob("recipes/*.yaml")), ids=lambda file: file.name)
-def test_every_shipped_recipe_loads(file: Path) -> None:
-    recipe = load_recipe(file)
-    assert recipe.run.name
-    assert set(recipe.flat()) <= set(known_keys(Recipe))

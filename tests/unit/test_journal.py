@@ -14,6 +14,8 @@ def row(ticket: int, reward: float = 0.5) -> dict[str, Any]:
         "ticket": ticket,
         "prompt": f"prompt {ticket}",
         "prompt_class": "safe",
+        "category": "hate" if ticket == 0 else None,
+        "truncated": False,
         "seeds": [ticket, 2**62 + ticket],
         "step_seed": 2**62 + 1,
         "version": ticket // 2,
@@ -41,6 +43,7 @@ def test_rows_come_back_exactly_and_in_ticket_order(tmp_path: Path) -> None:
     assert table["ticket"].to_pylist() == [0, 1, 2]
     assert table["seeds"].to_pylist()[1] == [1, 2**62 + 1]
     assert table["reward"].to_pylist()[0] == [0.5, -0.5]
+    assert table["category"].to_pylist() == ["hate", None, None]
     assert table["reward.alignment"].to_pylist()[2] == pytest.approx([0.1, 0.2])
     np.testing.assert_array_equal(latents_of(table), np.stack([latents(ticket) for ticket in range(3)]))
 

@@ -18,6 +18,7 @@ from cluster.plan import preflight, resolve
 from cluster.runlock import LOCK_FILE, STALE_AFTER_S, RunLock, read_holder
 from raysteer.errors import StorageError
 from tests.conftest import RecipeFactory
+from tests.tiny_flow import tiny_flux
 
 
 def test_batch_arithmetic_is_spelt_out(tiny_recipe: RecipeFactory) -> None:
@@ -41,6 +42,22 @@ def test_batch_arithmetic_is_spelt_out(tiny_recipe: RecipeFactory) -> None:
     text = plan.render()
     assert "6 prompts × 8 images each = 48 images (3 unsafe prompts, 3 safe)" in text
     assert "10 steps × 2 = 20 optimiser updates on 480 images" in text
+    assert "proximal" not in text
+    decoupled = load_recipe(tiny_recipe(changes | {"objective": {"updates_per_batch": 2, "anchor": "proximal"}}))
+    assert "first as many without one (anchor proximal)" in resolve(decoupled).render()
+
+
+def test_the_plan_says_which_noise_there_is_and_that_embedded_guidance_costs_nothing(
+    tiny_recipe: RecipeFactory,
+) -> None:
+    unet = resolve(load_recipe(tiny_recipe({"sampling.mixed": True})))
+    assert "eta 1," in unet.render()
+    assert "the others deterministic" in unet.render()
+    flux = {"model.path": str(tiny_flux()), "model.resolution": 32, "sampling.flow": {"kind": "cps", "level": 0.8}}
+    flow = resolve(load_recipe(tiny_recipe(flux)))
+    assert "noise cps 0.8," in flow.render()
+    assert "deterministic" not in flow.render()
+    assert unet.forwards_per_step == 2 * flow.forwards_per_step
 
 
 def test_the_plan_counts_the_parameters_that_training_will_have(tiny_recipe: RecipeFactory) -> None:

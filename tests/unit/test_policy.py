@@ -14,6 +14,7 @@ from cluster.config import load_recipe
 from cluster.preflight import check_schedule
 from diffusion.adapters import checksum
 from diffusion.policy import DiffusionPolicy, LoRAConfig, ModelConfig
+from diffusion.sampling import SamplingConfig
 from raysteer.errors import ModelError
 from tests.tiny import tiny_pipeline
 
@@ -51,26 +52,26 @@ def perturb(policy: DiffusionPolicy, scale: float = 0.05, seed: int = 0) -> Diff
 
 @torch.no_grad()
 def test_a_new_adapter_changes_nothing_to_the_bit(policy: DiffusionPolicy) -> None:
-    embeds = policy.encode(["a red circle"] * 3)
-    with_adapter = policy.predict(latents(), 501, embeds, 5.0)
+    cond = policy.encode(["a red circle"] * 3)
+    with_adapter = policy.predict(latents(), 501, cond, 5.0)
     with policy.adapter_disabled():
-        reference = policy.predict(latents(), 501, embeds, 5.0)
+        reference = policy.predict(latents(), 501, cond, 5.0)
     assert torch.equal(with_adapter, reference)
 
 
 @torch.no_grad()
 def test_disabling_the_adapter_gives_the_base_model_and_enabling_gives_it_back(policy: DiffusionPolicy) -> None:
-    embeds = policy.encode(["a red circle"] * 3)
-    base = policy.predict(latents(), 501, embeds, 5.0)
+    cond = policy.encode(["a red circle"] * 3)
+    base = policy.predict(latents(), 501, cond, 5.0)
     perturb(policy)
-    trained = policy.predict(latents(), 501, embeds, 5.0)
+    trained = policy.predict(latents(), 501, cond, 5.0)
     with policy.adapter_disabled():
-        assert torch.equal(policy.predict(latents(), 501, embeds, 5.0), base)
+        assert torch.equal(policy.predict(latents(), 501, cond, 5.0), base)
         with policy.adapter_disabled():
             pass
-        assert torch.equal(policy.predict(latents(), 501, embeds, 5.0), base)  # the inner one did not enable it
+        assert torch.equal(policy.predict(latents(), 501, cond, 5.0), base)  # the inner one did not enable it
     assert not torch.equal(trained, base)
-    assert torch.equal(policy.predict(latents(), 501, embeds, 5.0), trained)
+    assert torch.equal(policy.predict(latents(), 501, cond, 5.0), trained)
     assert all(parameter.requires_grad for parameter in policy.trainable_parameters())
 
 
@@ -95,22 +96,20 @@ def test_only_the_adapter_is_trainable_and_it_is_float32(dtype: str) -> None:
 
 @torch.no_grad()
 def test_guidance_is_the_extrapolation_from_the_empty_prompt(policy: DiffusionPolicy) -> None:
-    x, embeds = latents(), policy.encode(["a red circle"] * 3)
-    cond = policy.predict(x, 501, embeds, 1.0)
+    x, cond = latents(), policy.encode(["a red circle"] * 3)
+    given = policy.predict(x, 501, cond, 1.0)
     uncond = policy.predict(x, 501, policy.encode([""] * 3), 1.0)
-    torch.testing.assert_close(
-        policy.predict(x, 501, embeds, 4.0), uncond + 4.0 * (cond - uncond), rtol=1e-4, atol=1e-5
-    )
-    torch.testing.assert_close(policy.predict(x, 501, embeds, 0.0), uncond, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(policy.predict(x, 501, cond, 4.0), uncond + 4.0 * (given - uncond), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(policy.predict(x, 501, cond, 0.0), uncond, rtol=1e-4, atol=1e-5)
 
 
 def test_detaching_the_unconditional_half_changes_the_gradient_but_not_the_output(policy: DiffusionPolicy) -> None:
     perturb(policy)
-    x, embeds = latents(), policy.encode(["a red circle"] * 3)
+    x, cond = latents(), policy.encode(["a red circle"] * 3)
     gradients = []
     outputs = []
     for detach in (False, True):
-        output = policy.predict(x, 501, embeds, 4.0, detach_uncond=detach)
+        output = policy.predict(x, 501, cond, 4.0, detach_uncond=detach)
         gradients.append(torch.autograd.grad(output.square().mean(), policy.trainable_parameters()))
         outputs.append(output.detach())
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
@@ -131,11 +130,11 @@ def test_gradient_checkpointing_changes_neither_output_nor_gradient() -> None:
 def test_an_embedding_does_not_depend_on_its_batch_or_the_cache(policy: DiffusionPolicy) -> None:
     fresh = load()
     together = policy.encode(["a red circle", "a toxic sign", "a house"])
-    assert torch.equal(fresh.encode(["a toxic sign"])[0], together[1])
-    assert torch.equal(policy.encode(["a toxic sign"])[0], together[1])
+    assert torch.equal(fresh.encode(["a toxic sign"])["embeds"][0], together["embeds"][1])
+    assert torch.equal(policy.encode(["a toxic sign"])["embeds"][0], together["embeds"][1])
     pipe = policy.family.pipeline
     theirs, _ = pipe.encode_prompt("a toxic sign", "cpu", 1, do_classifier_free_guidance=False)
-    assert torch.equal(theirs[0], together[1])
+    assert torch.equal(theirs[0], together["embeds"][1])
 
 
 def test_images_are_rounded_to_the_nearest_level_not_truncated(policy: DiffusionPolicy) -> None:
@@ -213,7 +212,8 @@ def test_the_preflight_sees_the_schedule_that_the_pipeline_loads(
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     check_schedule(load_recipe(tiny_recipe({"model.path": str(folder)})))  # no complaint
     family = load(path=str(folder)).family
-    loaded, saved = family.stepper(10, 1.0), family.schedule(config, 10, 1.0)
+    sampling = SamplingConfig(steps=10)
+    loaded, saved = family.stepper(sampling), family.schedule(config, sampling, family.latent_shape)
     family.pipeline.scheduler.set_timesteps(10)
     assert loaded.timesteps.tolist() == sorted(set(family.pipeline.scheduler.timesteps.tolist()), reverse=True)
     assert loaded.timesteps.tolist() == saved.timesteps.tolist()
@@ -228,7 +228,7 @@ def test_a_schedule_that_thresholds_is_refused_before_and_at_loading(
     with pytest.raises(ModelError, match="thresholding is on"):
         check_schedule(load_recipe(tiny_recipe({"model.path": str(folder)})))
     with pytest.raises(ModelError, match="thresholding is on"):
-        load(path=str(folder)).family.stepper(10, 1.0)
+        load(path=str(folder)).stepper(SamplingConfig(steps=10))
 
 
 # ---- what a user can get wrong -----------------------------------------------------------------------------
@@ -257,13 +257,13 @@ def test_a_pipeline_class_without_a_family_is_named_with_those_we_have(tmp_path:
 
 def test_a_pipeline_with_a_missing_part_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text((tiny_pipeline() / "model_index.json").read_text())
-    with pytest.raises(ModelError, match=r"cannot be loaded \(.*\); check") as caught:
+    with pytest.raises(ModelError, match=r"its part scheduler is missing; download") as caught:
         load(path=str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
 def test_adapter_targets_that_match_nothing_are_named() -> None:
-    with pytest.raises(ModelError, match=r"no module matches model\.lora\.targets \['nonsense'\]"):
+    with pytest.raises(ModelError, match=r"no module matches model\.lora\.targets 'nonsense'"):
         load(lora=LoRAConfig(targets=("nonsense",)))
 
 

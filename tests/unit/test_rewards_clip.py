@@ -12,9 +12,11 @@ from pydantic import ValidationError
 
 from raysteer.errors import ConfigError
 from rewards.alignment import AlignmentReward
-from rewards.clip import ClipScorer, Preprocess
+from rewards.clip import ClipScorer
 from rewards.config import ClipConfig, RewardConfig
+from rewards.encoder import Preprocess
 from tests.tiny import tiny_clip
+from tests.tiny_rewards import images
 
 MODEL = f"local-dir:{tiny_clip()}"
 
@@ -22,10 +24,6 @@ MODEL = f"local-dir:{tiny_clip()}"
 @pytest.fixture(scope="module")
 def scorer() -> ClipScorer:
     return ClipScorer(ClipConfig(model=MODEL, batch_size=16))
-
-
-def images(n: int, size: int = 32, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), np.uint8)
 
 
 def test_an_image_has_the_same_bits_in_a_batch_of_one_and_of_a_thousand(scorer: ClipScorer) -> None:
@@ -139,6 +137,8 @@ def test_a_name_without_weights_would_be_random_and_is_refused() -> None:
     [
         ("local-dir:/no/such/folder", None, r"reward\.clip\.model: .*no such folder"),
         ("ViT-Q-99", "openai", r"reward\.clip\.model: .*open_clip\.list_models"),
+        ("ViT-B-32", "models/none.pt", r"reward\.clip\.pretrained: 'models/none\.pt' .*no such weights file"),
+        ("ViT-L-14", "openai", r"reward\.clip\.model: 'ViT-L-14' .*another GELU: use ViT-L-14-quickgelu"),
         ("ViT-B-32", "nonsense", r"reward\.clip\.pretrained: 'nonsense' .*weights file or one of: .*openai"),
     ],
 )
@@ -168,5 +168,5 @@ def test_weights_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
     config["model_cfg"]["vision_cfg"]["layers"] = 3
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     (tmp_path / "open_clip_model.safetensors").symlink_to(tiny_clip() / "open_clip_model.safetensors")
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"open_clip_model\.safetensors.*resblocks\.2\.ln_1\.weight is missing"):
         ClipScorer(ClipConfig(model=f"local-dir:{tmp_path}"))

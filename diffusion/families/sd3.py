@@ -1,0 +1,110 @@
+"""Stable Diffusion 3 and 3.5: an MMDiT over rectified flow, two CLIP text encoders and, if wanted, T5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffusion.conditioning import Conditioning
+from diffusion.families.base import Encoded, PipelineFamily, is_too_long, latents_on_side, vae_factor
+from diffusion.flow_steps import flow_sigmas, flow_stepper
+from diffusion.steps import Stepper
+from raysteer.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from diffusion.policy import ModelConfig
+    from diffusion.sampling import SamplingConfig
+
+_T5_TOKENS = 256  # what StableDiffusion3Pipeline pads and cuts to
+_PATCH = 2  # of every published model; a schedule is worked out before the transformer's config is at hand
+
+
+class StableDiffusion3(PipelineFamily):
+    """The family of ``StableDiffusion3Pipeline``.
+
+    T5 is two thirds of the parameters and matters for long prompts and lettering; without it
+    (``model.use_t5: false``) the pipeline gives the denoiser zeros in its place, and so do we.
+    """
+
+    component = "transformer"
+    # joint attention only: SD3.5-medium's second, image-only attention stays as it is (Flow-GRPO's choice)
+    default_targets = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
+
+    @classmethod
+    def load(cls, config: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> StableDiffusion3:
+        from diffusers import StableDiffusion3Pipeline
+
+        left_out: dict[str, None] = {"image_encoder": None, "feature_extractor": None}
+        if not config.use_t5:
+            left_out |= {"text_encoder_3": None, "tokenizer_3": None}
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            config.path,
+            revision=config.revision,
+            variant=config.variant,
+            local_files_only=config.local_files_only,
+            dtype=dict(dtypes),
+            **left_out,
+        )
+        return cls(pipeline, config.resolution)
+
+    def encode(self, prompt: str) -> Encoded:
+        pipe = self.pipeline
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            prompt,
+            None,
+            None,
+            device=pipe.text_encoder.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=_T5_TOKENS,
+        )
+        truncated = is_too_long(pipe.tokenizer, prompt, pipe.tokenizer_max_length)
+        truncated |= is_too_long(pipe.tokenizer_2, prompt, pipe.tokenizer_max_length)
+        if pipe.tokenizer_3 is not None:
+            truncated |= is_too_long(pipe.tokenizer_3, prompt, _T5_TOKENS)
+        return Encoded({"embeds": embeds[0], "pooled": pooled[0]}, truncated)
+
+    def denoise(
+        self, x_t: torch.Tensor, timestep: float, cond: Conditioning, guidance_scale: float | None
+    ) -> torch.Tensor:
+        return self.denoiser(
+            hidden_states=x_t,
+            timestep=torch.full((len(x_t),), timestep, dtype=torch.float32, device=x_t.device),
+            encoder_hidden_states=cond["embeds"],
+            pooled_projections=cond["pooled"],
+            return_dict=False,
+        )[0]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        vae = self.pipeline.vae
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return vae.decode(latents, return_dict=False)[0]
+
+    @staticmethod
+    def schedule(
+        scheduler_config: Mapping[str, Any],
+        sampling: SamplingConfig,
+        latent_shape: tuple[int, int, int],
+        deterministic: bool = False,
+    ) -> Stepper:
+        tokens = (latent_shape[1] // _PATCH) * (latent_shape[2] // _PATCH)
+        times = flow_sigmas(scheduler_config, sampling.steps, tokens, sampling.shift)
+        train_timesteps = int(scheduler_config.get("num_train_timesteps", 1000))
+        return flow_stepper(sampling.flow, times, deterministic, train_timesteps)
+
+    @staticmethod
+    def native_latent_shape(configs: Mapping[str, Mapping[str, Any]], resolution: int | None) -> tuple[int, int, int]:
+        transformer, vae = configs["transformer"], configs["vae"]
+        channels, side, patch = int(transformer["in_channels"]), int(transformer["sample_size"]), _PATCH
+        if transformer["patch_size"] != patch:
+            raise ModelError("transformer", f"patch_size {transformer['patch_size']} is not supported", "use 2")
+        if resolution is not None:
+            side, largest = latents_on_side(resolution, vae, patch), int(transformer["pos_embed_max_size"]) * patch
+            if side > largest:
+                limit = largest * vae_factor(vae)
+                raise ConfigError("model.resolution", resolution, f"this model has positions for at most {limit}")
+        return channels, side, side
