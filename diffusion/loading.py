@@ -42,9 +42,11 @@ def read_index(cfg: ModelConfig) -> dict[str, Any]:
     if looks_local and not folder.is_dir():
         raise ModelError(cfg.path, "no such folder", "set model.path to a folder made with pipe.save_pretrained")
     try:
-        index = DiffusionPipeline.load_config(
-            cfg.path, revision=cfg.revision, local_files_only=cfg.local_files_only and not folder.is_dir()
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of huggingface_hub about what diffusers passes to it
+            index = DiffusionPipeline.load_config(
+                cfg.path, revision=cfg.revision, local_files_only=cfg.local_files_only and not folder.is_dir()
+            )
     except (OSError, ValueError) as error:
         remedy = "give a folder, or download the model first"
         if cfg.local_files_only:
