@@ -4,7 +4,9 @@
 
 SHELL := /bin/bash
 VENV := .venv
-STAMP := $(VENV)/.installed
+# What is installed besides the dependencies; `make test EXTRAS=dev,nudenet` also runs what needs NudeNet.
+EXTRAS ?= dev
+STAMP := $(VENV)/.installed-$(EXTRAS)
 RUN := $(VENV)/bin/python
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -38,8 +40,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing raysteer and its dependencies into $(VENV) (about a minute with a good connection)"
 	@$(RUN) -m uv --version >/dev/null 2>&1 || $(RUN) -m pip install -q 'uv>=0.9,<1'
 	@VIRTUAL_ENV="$(CURDIR)/$(VENV)" UV_COMPILE_BYTECODE=1 $(RUN) -m uv pip install -q \
-	  $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} -c constraints.txt -e '.[dev]'
-	@touch $(STAMP)
+	  $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch '$(STAMP)'
 
 # Runs are results: make never deletes them.
 clean:

@@ -12,6 +12,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 16
 
 
-def _local_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def local_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """A byte-level BPE vocabulary in which every word of ``WORDS`` is one token and any other text still encodes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
@@ -51,50 +52,18 @@ def _local_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def build_tiny_pipeline(folder: str | Path, *, seed: int = 0, prediction_type: str = "epsilon") -> Path:
     """Save a seeded random-weight ``StableDiffusionPipeline`` (8x8x4 latents, 32x32 images) and return its folder."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
 
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=4,
-            norm_num_groups=8,
-        )
-        vae = AutoencoderKL(
-            in_channels=3,
-            out_channels=3,
-            latent_channels=4,
-            block_out_channels=(8, 16, 16),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            norm_num_groups=8,
-            sample_size=32,
-        )
-        vocabulary, merges = _local_bpe()
-        tokenizer = CLIPTokenizer(vocabulary, merges, model_max_length=MAX_TOKENS)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(vocabulary),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=MAX_TOKENS,
-                projection_dim=32,
-                bos_token_id=vocabulary[BEGIN],
-                eos_token_id=vocabulary[END],
-                pad_token_id=vocabulary[END],
-            )
-        )
+        parts = {
+            "unet": unet(attention_head_dim=4),
+            "vae": autoencoder(),
+            "text_encoder": clip_text(CLIPTextModel, 32, projection_dim=32),
+            "tokenizer": clip_tokenizer(),
+        }
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -105,10 +74,7 @@ def build_tiny_pipeline(folder: str | Path, *, seed: int = 0, prediction_type: s
         prediction_type=prediction_type,
     )
     pipeline = StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
+        **parts,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -149,8 +115,75 @@ def build_tiny_clip(folder: str | Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def unet(**config: Any) -> torch.nn.Module:
+    """A UNet for 8x8x4 latents with random weights."""
+    from diffusers import UNet2DConditionModel
+
+    usual: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "norm_num_groups": 8,
+    }
+    model: torch.nn.Module = UNet2DConditionModel(**(usual | config))
+    return model.eval()
+
+
+def autoencoder(**config: Any) -> torch.nn.Module:
+    """A VAE of 4x4 pixels to a latent, with random weights."""
+    from diffusers import AutoencoderKL
+
+    model: torch.nn.Module = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=8,
+        sample_size=32,
+        **config,
+    )
+    return model.eval()
+
+
+def clip_tokenizer() -> Any:
+    """A CLIP tokenizer over ``WORDS``."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer(*local_bpe(), model_max_length=MAX_TOKENS)
+
+
+def clip_text(model: Any, width: int, projection_dim: int = 16, hidden_act: str = "quick_gelu") -> torch.nn.Module:
+    """A CLIP text encoder of class ``model`` with random weights."""
+    from transformers import CLIPTextConfig
+
+    vocabulary, _ = local_bpe()
+    config = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=projection_dim,
+        hidden_act=hidden_act,
+        bos_token_id=vocabulary[BEGIN],
+        eos_token_id=vocabulary[END],
+        pad_token_id=vocabulary[END],
+    )
+    encoder: torch.nn.Module = model(config)
+    return encoder.eval()
+
+
 @functools.cache
-def _shared_folder() -> Path:
+def shared_folder() -> Path:
+    """Where this test process keeps its models."""
     folder = Path(tempfile.mkdtemp(prefix="raysteer-tiny-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -159,10 +192,10 @@ def _shared_folder() -> Path:
 @functools.cache
 def tiny_pipeline() -> Path:
     """The tiny pipeline, built once per test process. Read it, never change it."""
-    return build_tiny_pipeline(_shared_folder() / "pipeline")
+    return build_tiny_pipeline(shared_folder() / "pipeline")
 
 
 @functools.cache
 def tiny_clip() -> Path:
     """The tiny CLIP, built once per test process. Read it, never change it."""
-    return build_tiny_clip(_shared_folder() / "clip")
+    return build_tiny_clip(shared_folder() / "clip")

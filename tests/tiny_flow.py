@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.tiny import WORDS, _shared_folder
-from tests.tiny_unet import _autoencoder, _clip_text, _clip_tokenizer
+from tests.tiny import WORDS, autoencoder, clip_text, clip_tokenizer, shared_folder
 
 RESOLUTION = 32  # pixels; 8x8 latents, of which both transformers make 16 tokens
 LATENT_CHANNELS = 4
@@ -57,11 +56,11 @@ def build_tiny_sd3(folder: str | Path, *, with_t5: bool = True, seed: int = 0) -
         pipeline = StableDiffusion3Pipeline(
             transformer=transformer.eval(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=_autoencoder(**_VAE),
-            text_encoder=_clip_text(CLIPTextModelWithProjection, 16),
-            tokenizer=_clip_tokenizer(),
-            text_encoder_2=_clip_text(CLIPTextModelWithProjection, 16),
-            tokenizer_2=_clip_tokenizer(),
+            vae=autoencoder(**_VAE),
+            text_encoder=clip_text(CLIPTextModelWithProjection, 16),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=clip_text(CLIPTextModelWithProjection, 16),
+            tokenizer_2=clip_tokenizer(),
             text_encoder_3=_t5() if with_t5 else None,
             tokenizer_3=_t5_tokenizer(256) if with_t5 else None,
         )
@@ -96,9 +95,9 @@ def build_tiny_flux(folder: str | Path, *, guidance_embeds: bool = True, seed: i
             scheduler=FlowMatchEulerDiscreteScheduler(
                 shift=3.0 if guidance_embeds else 1.0, use_dynamic_shifting=guidance_embeds
             ),
-            vae=_autoencoder(**_VAE),
-            text_encoder=_clip_text(CLIPTextModel, 32),
-            tokenizer=_clip_tokenizer(),
+            vae=autoencoder(**_VAE),
+            text_encoder=clip_text(CLIPTextModel, 32),
+            tokenizer=clip_tokenizer(),
             text_encoder_2=_t5(),
             tokenizer_2=_t5_tokenizer(512),
         )
@@ -109,14 +108,14 @@ def build_tiny_flux(folder: str | Path, *, guidance_embeds: bool = True, seed: i
 @functools.cache
 def tiny_sd3(with_t5: bool = True) -> Path:
     """The tiny Stable Diffusion 3, built once per test process. Read it, never change it."""
-    return build_tiny_sd3(_shared_folder() / ("sd3" if with_t5 else "sd3-without-t5"), with_t5=with_t5)
+    return build_tiny_sd3(shared_folder() / ("sd3" if with_t5 else "sd3-without-t5"), with_t5=with_t5)
 
 
 @functools.cache
 def tiny_flux(guidance_embeds: bool = True) -> Path:
     """The tiny FLUX.1, built once per test process. Read it, never change it."""
     return build_tiny_flux(
-        _shared_folder() / ("flux-dev" if guidance_embeds else "flux-schnell"), guidance_embeds=guidance_embeds
+        shared_folder() / ("flux-dev" if guidance_embeds else "flux-schnell"), guidance_embeds=guidance_embeds
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from rewards.config import ClipConfig
-from tests.tiny import BEGIN, END, _local_bpe, _shared_folder, tiny_clip
+from tests.tiny import BEGIN, END, local_bpe, shared_folder, tiny_clip
 
 PROMPTS = ("a red circle", "a toxic sign", "a house", "a hazard")
 #: the tiny CLIP as a folder
@@ -56,7 +56,7 @@ def tiny_weights() -> Path:
     """The tiny CLIP as HPS v2.1 comes: a checkpoint with an entry "state_dict", for an architecture named ``NAME``."""
     import open_clip
 
-    folder = Path(tempfile.mkdtemp(dir=_shared_folder()))
+    folder = Path(tempfile.mkdtemp(dir=shared_folder()))
     config = json.loads((tiny_clip() / "open_clip_config.json").read_text())["model_cfg"]
     (folder / f"{NAME}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / f"{NAME}.json")
@@ -73,7 +73,7 @@ def build_tiny_pickscore(folder: Path, *, seed: int = 0) -> Path:
     """Save a random ``CLIPModel`` with tokenizer and preprocessor, the form of PickScore_v1 (32x32 images)."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-    vocabulary, merges = _local_bpe()
+    vocabulary, merges = local_bpe()
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"bos_token_id": vocabulary[BEGIN], "eos_token_id": vocabulary[END], "pad_token_id": vocabulary[END]}
     text = {**size, **ends, "vocab_size": len(vocabulary), "max_position_embeddings": 16, "projection_dim": 24}
@@ -91,7 +91,7 @@ def build_tiny_pickscore(folder: Path, *, seed: int = 0) -> Path:
 @functools.cache
 def tiny_pickscore() -> Path:
     """The tiny PickScore, built once per test process. Read it, never change it."""
-    return build_tiny_pickscore(_shared_folder() / "pickscore")
+    return build_tiny_pickscore(shared_folder() / "pickscore")
 
 
 @functools.cache
@@ -99,7 +99,7 @@ def tiny_q16_prompts() -> Path:
     """Two random prompts for the tiny CLIP, not of unit length, as an .npy file; near each other, or noise would
     always cost 0 or 1.
     """
-    file = _shared_folder() / "q16.npy"
+    file = shared_folder() / "q16.npy"
     first = unit(1, seed=5)
     np.save(file, 3 * np.concatenate([first, first + 0.02 * unit(1, seed=6)]))
     return file

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tests.tiny import BEGIN, END, MAX_TOKENS, _local_bpe, _shared_folder
+from tests.tiny import autoencoder, clip_text, clip_tokenizer, shared_folder, unet
 
 _SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -26,30 +26,17 @@ _SCHEDULE: dict[str, Any] = {
 
 def build_tiny_sd2(folder: str | Path, *, seed: int = 0) -> Path:
     """Save a seeded ``StableDiffusionPipeline`` with v prediction (8x8x4 latents, 32x32 images); returns its folder."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextModel
 
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=(2, 4),
-            use_linear_projection=True,
-            norm_num_groups=8,
-        )
         pipeline = StableDiffusionPipeline(
-            vae=_autoencoder(scaling_factor=0.18215),
-            text_encoder=_clip_text(CLIPTextModel, 32, hidden_act="gelu"),
-            tokenizer=_clip_tokenizer(),
-            unet=unet.eval(),
+            vae=autoencoder(scaling_factor=0.18215),
+            text_encoder=clip_text(CLIPTextModel, 32, hidden_act="gelu"),
+            tokenizer=clip_tokenizer(),
+            unet=unet(attention_head_dim=(2, 4), use_linear_projection=True),
             scheduler=DDIMScheduler(
                 **_SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"
             ),
@@ -63,18 +50,13 @@ def build_tiny_sd2(folder: str | Path, *, seed: int = 0) -> Path:
 
 def build_tiny_sdxl(folder: str | Path, *, force_zeros_for_empty_prompt: bool = True, seed: int = 0) -> Path:
     """Save a seeded ``StableDiffusionXLPipeline`` (8x8x4 latents, 32x32 images); returns its folder."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
+        denoiser = unet(
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2),
@@ -84,15 +66,14 @@ def build_tiny_sdxl(folder: str | Path, *, force_zeros_for_empty_prompt: bool = 
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 20,
-            norm_num_groups=8,
         )
         pipeline = StableDiffusionXLPipeline(
-            vae=_autoencoder(scaling_factor=0.13025),
-            text_encoder=_clip_text(CLIPTextModel, 16),
-            tokenizer=_clip_tokenizer(),
-            text_encoder_2=_clip_text(CLIPTextModelWithProjection, 24, hidden_act="gelu", projection_dim=20),
-            tokenizer_2=_clip_tokenizer(),
-            unet=unet.eval(),
+            vae=autoencoder(scaling_factor=0.13025),
+            text_encoder=clip_text(CLIPTextModel, 16),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=clip_text(CLIPTextModelWithProjection, 24, hidden_act="gelu", projection_dim=20),
+            tokenizer_2=clip_tokenizer(),
+            unet=denoiser,
             scheduler=EulerDiscreteScheduler(**_SCHEDULE),
             force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
             add_watermarker=False,
@@ -104,55 +85,11 @@ def build_tiny_sdxl(folder: str | Path, *, force_zeros_for_empty_prompt: bool = 
 @functools.cache
 def tiny_sd2() -> Path:
     """The tiny SD 2.x pipeline, built once per test process. Read it, never change it."""
-    return build_tiny_sd2(_shared_folder() / "sd2")
+    return build_tiny_sd2(shared_folder() / "sd2")
 
 
 @functools.cache
 def tiny_sdxl(force_zeros_for_empty_prompt: bool = True) -> Path:
     """The tiny SDXL pipeline, built once per test process. Read it, never change it."""
     name = "sdxl" if force_zeros_for_empty_prompt else "sdxl-encoded-empty-prompt"
-    return build_tiny_sdxl(_shared_folder() / name, force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
-
-
-def _autoencoder(**config: Any) -> torch.nn.Module:
-    from diffusers import AutoencoderKL
-
-    model: torch.nn.Module = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=8,
-        sample_size=32,
-        **config,
-    )
-    return model.eval()
-
-
-def _clip_tokenizer() -> Any:
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer(*_local_bpe(), model_max_length=MAX_TOKENS)
-
-
-def _clip_text(model: Any, width: int, projection_dim: int = 16, hidden_act: str = "quick_gelu") -> torch.nn.Module:
-    from transformers import CLIPTextConfig
-
-    vocabulary, _ = _local_bpe()
-    config = CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=MAX_TOKENS,
-        projection_dim=projection_dim,
-        hidden_act=hidden_act,
-        bos_token_id=vocabulary[BEGIN],
-        eos_token_id=vocabulary[END],
-        pad_token_id=vocabulary[END],
-    )
-    encoder: torch.nn.Module = model(config)
-    return encoder.eval()
+    return build_tiny_sdxl(shared_folder() / name, force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)

@@ -124,8 +124,9 @@ class Family(Protocol):
 
 
 class PipelineFamily:
-    """What most families share: freezing and moving the parts of a pipeline. Satisfies ``Family`` with ``load``,
-    ``encode``, ``denoise``, ``decode``, ``schedule`` and ``native_latent_shape`` added."""
+    """What most families share: loading, freezing, moving and decoding. Satisfies ``Family`` with ``load``, ``encode``,
+    ``denoise``, ``schedule`` and ``native_latent_shape`` added.
+    """
 
     component: ClassVar[str]
     default_targets: ClassVar[tuple[str, ...]]
@@ -139,6 +140,25 @@ class PipelineFamily:
         for _, part in self._parts():
             part.requires_grad_(False)
             part.eval()
+
+    @staticmethod
+    def read(pipeline_class: Any, config: ModelConfig, dtypes: Mapping[str, torch.dtype], **options: Any) -> Any:
+        """A diffusers pipeline as the recipe wants it. Parts that are None in ``options`` are not loaded."""
+        return pipeline_class.from_pretrained(
+            config.path,
+            revision=config.revision,
+            variant=config.variant,
+            local_files_only=config.local_files_only,
+            dtype=dict(dtypes),
+            **options,
+        )
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        vae = self.pipeline.vae
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor
+        if vae.config.shift_factor:
+            latents = latents + vae.config.shift_factor
+        return vae.decode(latents, return_dict=False)[0]
 
     def to(self, device: torch.device) -> None:
         for name, part in self._parts():

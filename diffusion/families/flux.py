@@ -47,16 +47,9 @@ class Flux(PipelineFamily):
     def load(cls, config: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> Flux:
         from diffusers import FluxPipeline
 
-        pipeline = FluxPipeline.from_pretrained(
-            config.path,
-            revision=config.revision,
-            variant=config.variant,
-            local_files_only=config.local_files_only,
-            dtype=dict(dtypes),
-            image_encoder=None,
-            feature_extractor=None,
+        return cls(
+            cls.read(FluxPipeline, config, dtypes, image_encoder=None, feature_extractor=None), config.resolution
         )
-        return cls(pipeline, config.resolution)
 
     def encode(self, prompt: str) -> Encoded:
         pipe = self.pipeline
@@ -89,11 +82,6 @@ class Flux(PipelineFamily):
             return_dict=False,
         )[0]
         return unpack(tokens, h, w)
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        vae = self.pipeline.vae
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return vae.decode(latents, return_dict=False)[0]
 
     def stepper(self, sampling: SamplingConfig, deterministic: bool = False) -> Stepper:
         if not deterministic:

@@ -42,15 +42,7 @@ class StableDiffusion3(PipelineFamily):
         left_out: dict[str, None] = {"image_encoder": None, "feature_extractor": None}
         if not config.use_t5:
             left_out |= {"text_encoder_3": None, "tokenizer_3": None}
-        pipeline = StableDiffusion3Pipeline.from_pretrained(
-            config.path,
-            revision=config.revision,
-            variant=config.variant,
-            local_files_only=config.local_files_only,
-            dtype=dict(dtypes),
-            **left_out,
-        )
-        return cls(pipeline, config.resolution)
+        return cls(cls.read(StableDiffusion3Pipeline, config, dtypes, **left_out), config.resolution)
 
     def encode(self, prompt: str) -> Encoded:
         pipe = self.pipeline
@@ -78,11 +70,6 @@ class StableDiffusion3(PipelineFamily):
             pooled_projections=cond["pooled"],
             return_dict=False,
         )[0]
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        vae = self.pipeline.vae
-        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return vae.decode(latents, return_dict=False)[0]
 
     @staticmethod
     def schedule(

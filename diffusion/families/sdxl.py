@@ -37,23 +37,14 @@ class StableDiffusionXL(PipelineFamily):
     def load(cls, config: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> StableDiffusionXL:
         from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
-        source = {"revision": config.revision, "local_files_only": config.local_files_only}
-        dtypes = dict(dtypes)
-        # The pipeline itself upcasts float16 only, and after loading, when digits are lost; hence before.
-        if "vae" not in dtypes and AutoencoderKL.load_config(config.path, subfolder="vae", **source).get(
-            "force_upcast", True
-        ):
-            dtypes["vae"] = torch.float32
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            config.path,
-            **source,
-            variant=config.variant,
-            dtype=dtypes,
-            feature_extractor=None,
-            image_encoder=None,
-            add_watermarker=False,
+        vae = AutoencoderKL.load_config(
+            config.path, subfolder="vae", revision=config.revision, local_files_only=config.local_files_only
         )
-        return cls(pipeline, config.resolution)
+        # The pipeline itself upcasts float16 only, and after loading, when digits are lost; hence before.
+        if "vae" not in dtypes and vae.get("force_upcast", True):
+            dtypes = {**dtypes, "vae": torch.float32}
+        left_out = {"feature_extractor": None, "image_encoder": None, "add_watermarker": False}
+        return cls(cls.read(StableDiffusionXLPipeline, config, dtypes, **left_out), config.resolution)
 
     def encode(self, prompt: str) -> Encoded:
         pipeline = self.pipeline
@@ -79,15 +70,12 @@ class StableDiffusionXL(PipelineFamily):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
+        mean, std = vae.config.latents_mean, vae.config.latents_std
+        if mean is None or std is None:
+            return super().decode(latents)
         latents = latents.to(vae.dtype)
-        if vae.config.latents_mean is not None and vae.config.latents_std is not None:
-            mean, std = (
-                latents.new_tensor(v).view(1, -1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
-            )
-            latents = latents * std / vae.config.scaling_factor + mean
-        else:
-            latents = latents / vae.config.scaling_factor
-        return vae.decode(latents, return_dict=False)[0]
+        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        return vae.decode(latents * std / vae.config.scaling_factor + mean, return_dict=False)[0]
 
     @staticmethod
     def schedule(

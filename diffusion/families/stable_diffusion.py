@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from diffusion.policy import ModelConfig
     from diffusion.sampling import SamplingConfig
 
+_LEFT_OUT = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
+
 
 class StableDiffusion(PipelineFamily):
     """The family of ``StableDiffusionPipeline``.
@@ -30,18 +32,7 @@ class StableDiffusion(PipelineFamily):
     def load(cls, config: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> StableDiffusion:
         from diffusers import StableDiffusionPipeline
 
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            config.path,
-            revision=config.revision,
-            variant=config.variant,
-            local_files_only=config.local_files_only,
-            dtype=dict(dtypes),
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-            requires_safety_checker=False,
-        )
-        return cls(pipeline, config.resolution)
+        return cls(cls.read(StableDiffusionPipeline, config, dtypes, **_LEFT_OUT), config.resolution)
 
     def encode(self, prompt: str) -> Encoded:
         device = self.pipeline.text_encoder.device
@@ -52,10 +43,6 @@ class StableDiffusion(PipelineFamily):
         self, x_t: torch.Tensor, timestep: float, cond: Conditioning, guidance_scale: float | None
     ) -> torch.Tensor:
         return self.denoiser(x_t, int(timestep), encoder_hidden_states=cond["embeds"], return_dict=False)[0]
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        vae = self.pipeline.vae
-        return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
 
     @staticmethod
     def schedule(

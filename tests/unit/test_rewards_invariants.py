@@ -36,8 +36,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 TOGETHER = [{"name": name, **settings} for name, settings in SETTINGS.items() if name not in ("steering", "nudenet")]
 CLIPS = {"clip": ClipConfig(model=FOLDER), "hps": named_clip()}
-absent = pytest.mark.skipif(find_spec("nudenet") is None, reason="the extra nudenet is not installed")
-EVERY = [pytest.param(name, marks=absent if name == "nudenet" else ()) for name in (*SETTINGS, "several")]
+extra = pytest.mark.skipif(find_spec("nudenet") is None, reason="needs the extra: make test EXTRAS=dev,nudenet")
+EVERY = [pytest.param(name, marks=extra if name == "nudenet" else ()) for name in (*SETTINGS, "several")]
 
 
 @functools.cache
