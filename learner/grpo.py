@@ -7,7 +7,8 @@ Log-probs are means over latent dimensions, so the clip range is in those units:
 
 Moves are measured from an anchor: the behaviour policy that drew the group, or the *proximal* policy, the one at the
 start of the batch. Stale groups begin outside a trust region around the first and in the middle of one around the
-second (decoupled PPO: Hilton et al. 2022; AReaL, arXiv 2505.24298).
+second (decoupled PPO: Hilton et al. 2022; AReaL, arXiv 2505.24298). The proximal log-prob is replayed or, cheaper,
+*interpolated* between that of the behaviour policy and the present one (AReaL's log-linear approximation).
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class GRPOConfig(BaseModel, frozen=True, extra="forbid"):
 
     ``anchor: proximal`` is decoupled PPO: ratios are taken to the policy at the start of the batch, and each image's
     loss is weighted by min(pi_proximal / pi_behaviour, ``max_weight``). With several updates per batch that costs one
-    more forward without gradient for each trained step; with one it costs nothing. It is the base of two variants:
+    more forward without gradient for each trained step; with one it costs nothing. ``interpolated`` never costs one: it
+    takes log pi_proximal for a point on the line from log pi_behaviour to the present log pi, at the place that the
+    versions say. ``proximal`` is the base of two variants:
 
     * ``trust: kl_mask`` (Flow-DPPO, arXiv 2606.11025) does not clip; an image whose exact KL to the anchor, mean over
       latent dimensions, has reached ``kl_threshold`` and whose ratio goes on moving away is left out.
@@ -64,7 +67,7 @@ class GRPOConfig(BaseModel, frozen=True, extra="forbid"):
     kl_coef: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     train_guidance: Literal["both", "conditional"] = "both"
     updates_per_batch: int = Field(default=1, ge=1)
-    anchor: Literal["behaviour", "proximal"] = "behaviour"
+    anchor: Literal["behaviour", "proximal", "interpolated"] = "behaviour"
     max_weight: float = Field(default=5.0, ge=1.0, allow_inf_nan=False)
     trust: Literal["clip", "kl_mask"] = "clip"
     kl_threshold: float = Field(default=1e-5, gt=0.0, allow_inf_nan=False)
@@ -154,6 +157,7 @@ class GRPO:
         positions: Sequence[int],
         guidance_scale: float,
         prepared: Proximal | None = None,
+        proximal_at: float = 0.0,
     ) -> tuple[torch.Tensor, Figures]:
         """Mean loss of one group over its images and the given positions (indices into the trained steps).
 
@@ -162,11 +166,12 @@ class GRPO:
             advantages: float32 [G].
             positions: one forward each, of exactly the sampler's batch shape.
             prepared: what ``prepare`` returned for this group before the first update of the batch.
+            proximal_at: see ``Objective.loss``; read with the interpolated anchor only.
 
         Returns:
             The scalar loss and ratio_mean, ratio_max_dev, approx_kl, kl_ref (means over the positions, the second a
-            maximum), clip_fraction or with the KL mask mask_fraction and kl_anchor, and with the proximal anchor
-            weight_mean and weight_capped.
+            maximum), clip_fraction or with the KL mask mask_fraction and kl_anchor, and unless the anchor is the
+            behaviour policy weight_mean and weight_capped.
         """
         if not positions:
             raise ValueError("positions is empty: name at least one trained step")
@@ -176,7 +181,7 @@ class GRPO:
         losses, rows = [], []
         for position in positions:
             log_prob, mean = self._replay(policy, stepper, trajectory, position, guidance_scale)
-            loss, row = self._surrogate(stepper, trajectory, position, adv, log_prob, mean, prepared)
+            loss, row = self._surrogate(stepper, trajectory, position, adv, log_prob, mean, prepared, proximal_at)
             row["kl_ref"] = 0.0
             if self.cfg.kl_coef > 0.0:
                 kl = self._kl_to_reference(policy, stepper, trajectory, position, guidance_scale, mean)
@@ -226,11 +231,17 @@ class GRPO:
         log_prob: torch.Tensor,
         mean: torch.Tensor,
         prepared: Proximal | None,
+        proximal_at: float,
     ) -> tuple[torch.Tensor, Figures]:
         cfg, device = self.cfg, log_prob.device
         behaviour = trajectory.old_log_prob(position, device)
         if cfg.anchor == "behaviour":
             return clipped_loss(log_prob - behaviour, advantages, cfg.clip_range)
+        if cfg.anchor == "interpolated":
+            anchor = torch.lerp(behaviour, log_prob.detach(), proximal_at)
+            weight, row = behaviour_weight(anchor, behaviour, cfg.max_weight)
+            loss, figures = clipped_loss(log_prob - anchor, advantages, cfg.clip_range, weight)
+            return loss, row | figures
         if prepared is None and cfg.replays_first:
             raise ValueError("the proximal policy is unknown: call prepare before the first update of a batch")
         anchor, anchor_mean = log_prob.detach(), mean.detach()

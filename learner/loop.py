@@ -215,10 +215,11 @@ class Learner:
         norms = []
         for update in range(settings.objective.updates_per_batch):
             for index in mine:
-                ticket_id = batch.groups[index].ticket_id
+                ticket_id, lag = batch.groups[index].ticket_id, batch.step - batch.groups[index].version
                 trajectory = trajectories[ticket_id]
                 parts = np.array_split(np.arange(trajectory.num_positions), settings.objective.updates_per_batch)
                 positions = [int(position) for position in parts[update]]
+                proximal_at = lag / (lag + update / settings.objective.updates_per_batch) if lag else 0.0
                 for position in positions:
                     loss, stats = self.objective.loss(
                         self.policy,
@@ -228,6 +229,7 @@ class Learner:
                         [position],
                         guidance,
                         prepared[ticket_id],
+                        proximal_at,
                     )
                     (loss / (len(batch.groups) * len(positions))).backward()
                     tally.add(float(loss.detach()), stats)

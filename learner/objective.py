@@ -53,12 +53,16 @@ class Objective(Protocol):
         positions: Sequence[int],
         guidance_scale: float,
         prepared: Any | None = None,
+        proximal_at: float = 0.0,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Scalar loss of one group at some of its trained steps, and figures to log.
 
         The loss is a mean over images and positions, so calling it position by position and averaging is the same;
         one position is one forward, which bounds the memory. The figures have the same names on every call; those with
         "max" in their name are maxima, the others means.
+
+        ``proximal_at`` says where the policy at the start of the batch lies between the one that drew the group (0) and
+        the present one (1), counted in versions, of which every update is its share: lag / (lag + updates made / all).
         """
         ...
 

@@ -187,7 +187,8 @@ def test_an_asynchronous_run_keeps_its_lag_bound_and_names_what_it_drops(ray_clu
     from cluster.train import train
 
     world.plan_faults(nan_at=[3], raise_at=[6])
-    result = train(world.recipe("overlapped", run__steps=5, buffer__max_staleness=1, samplers__count=2))
+    decoupled = {"objective__anchor": "interpolated", "objective__updates_per_batch": 2}
+    result = train(world.recipe("overlapped", run__steps=5, buffer__max_staleness=1, samplers__count=2, **decoupled))
     assert result.status == "finished"
     assert result.ledger["dropped"] == {"reward_not_finite:inappropriate": 1}
     assert result.ledger["events"]["score_retried"] == 1
@@ -195,4 +196,6 @@ def test_an_asynchronous_run_keeps_its_lag_bound_and_names_what_it_drops(ray_clu
     rows = metrics(result.run_dir)
     lags = [row["staleness/max"] for row in rows]
     assert max(lags) == 1.0, "samplers run ahead by one version and no further"
+    weighted = [row["objective/weight_mean"] != 1.0 for row in rows]
+    assert weighted == [lag > 0.0 for lag in lags], "stale groups, and no others, begin away from their own policy"
     assert max(row["overlap/sampling_while_learning"] for row in rows) > 0.0

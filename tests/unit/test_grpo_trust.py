@@ -21,6 +21,7 @@ ADVANTAGES = np.array([1.0, -1.0, 0.5, -0.5, 2.0, -2.0], np.float32)
 PLAIN = GRPOConfig(updates_per_batch=3)
 DECOUPLED = GRPOConfig(updates_per_batch=3, anchor="proximal")
 MASKED = GRPOConfig(updates_per_batch=3, anchor="proximal", trust="kl_mask")
+INTERPOLATED = GRPOConfig(updates_per_batch=3, anchor="interpolated")
 GUARDED = GRPOConfig(updates_per_batch=3, anchor="proximal", ratio="guarded")
 
 
@@ -99,6 +100,24 @@ def test_what_is_prepared_is_the_policy_of_that_moment(fresh: Drawn) -> None:
     assert torch.equal(found.log_prob.T, before[0])
     assert torch.equal(found.mean.transpose(0, 1), before[1])
     assert prepared(DECOUPLED, fresh).mean is None, "means are kept only for what reads them"
+
+
+@pytest.mark.parametrize(("at", "weighted_by"), [(0.0, "behaviour"), (1.0, "present")])
+def test_the_interpolated_anchor_is_the_behaviour_policy_at_0_and_the_present_one_at_1(
+    fresh: Drawn, at: float, weighted_by: str
+) -> None:
+    policy, stepper, rollout = fresh
+    t = rollout.trajectory
+    behaviour = prepared(DECOUPLED, fresh)
+    moved(policy, 0.0003, seed=1)
+    anchor = behaviour if weighted_by == "behaviour" else prepared(DECOUPLED, fresh)
+    loss, figures = GRPO(INTERPOLATED).loss(policy, stepper, t, ADVANTAGES, [0, 2], GUIDANCE, proximal_at=at)
+    same, with_anchor = GRPO(DECOUPLED).loss(policy, stepper, t, ADVANTAGES, [0, 2], GUIDANCE, anchor)
+    assert loss == same and figures == with_anchor
+    assert torch.equal(gradient(policy, loss), gradient(policy, same))
+    halfway, between = GRPO(INTERPOLATED).loss(policy, stepper, t, ADVANTAGES, [0, 2], GUIDANCE, proximal_at=0.5)
+    assert halfway != loss and 0.0 < between["ratio_max_dev"] != figures["ratio_max_dev"]
+    assert GRPO(INTERPOLATED).prepare(policy, stepper, t, GUIDANCE) is None, "it needs no forward of its own"
 
 
 # ---- Flow-DPPO's mask ----------------------------------------------------------------------------------------
