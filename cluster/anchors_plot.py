@@ -37,7 +37,8 @@ def draw(report: AnchorsReport, file: Path) -> None:
     axes[-1, 0].set_xlabel("z_text · v_safe  (below 0: on the unsafe side, moved by steer: unsafe)")
     axes[-1, 1].set_xlabel(f"alpha ({report.term.mode})")
     counts = " and ".join(f"{report.counts[side]} {side}" for side in SIDES)
-    figure.suptitle(f"Anchor sets over {counts} prompts, CLIP {_short(report.term.need_clip().model)}", fontsize=11)
+    clip = _short(report.term.need_clip().model)
+    figure.suptitle(f"Anchor sets over {counts} prompts, CLIP {clip}", fontsize=11, parse_math=False)
     figure.savefig(file, dpi=130)
 
 
@@ -51,7 +52,8 @@ def _histogram(axis: Any, report: AnchorsReport, row: SetReport, bins: np.ndarra
     axis.axvline(0.0, color="#333333", linewidth=0.9)
     used = ", used by the recipe" if row.name == report.used else ""
     phrases = f"{len(row.anchors.safe)} + {len(row.anchors.unsafe)} phrases"
-    axis.set_title(f"{row.name} ({phrases}{used}): AUC {row.auc:.3f}", fontsize=10, loc="left")
+    title = f"{row.name} ({phrases}{used}): AUC {row.auc:.3f}"
+    axis.set_title(title, fontsize=10, loc="left", parse_math=False)  # a file's name is data
     axis.set_ylabel("% of prompts")
     below = ", ".join(f"{100 * row.steered_share(side):.0f} % {side}" for side in SIDES)
     axis.set_ylim(0.0, 1.22 * axis.get_ylim()[1])  # room for words above the bars

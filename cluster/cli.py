@@ -207,7 +207,7 @@ def export(
     """Write the adapter as plain diffusers, kohya-style programs or from_pretrained load it."""
     from cluster.export import export as run_export
 
-    done = run_export(source, target, form, storage, model, force)
+    done = run_export(source, target, form, storage=storage, model=model, force=force)
     typer.echo(f"wrote {done.path} from {done.source}\nload it with: {done.load_line}")
 
 

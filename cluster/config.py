@@ -9,7 +9,6 @@ starts.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from cluster.recipe_yaml import (
     resolve_paths,
     to_config_error,
 )
+from cluster.storage import is_run_name
 from cluster.tracking import TrackingConfig
 from diffusion.policy import ModelConfig
 from diffusion.sampling import SamplingConfig
@@ -58,7 +58,7 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
     @field_validator("name")
     @classmethod
     def _a_folder_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        if not is_run_name(name):
             raise ValueError("it becomes a folder: begin with a letter or digit, go on with those or . _ -")
         return name
 

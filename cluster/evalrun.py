@@ -1,15 +1,14 @@
 """``raysteer eval``: find the adapter, evaluate it against its base model, keep the figures with the run."""
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from cluster.config import Recipe
 from cluster.evaluate import Evaluation, run_evaluation
-from cluster.export import export
 from cluster.preflight import check_cluster, check_model
 from cluster.runlock import check_not_held
+from cluster.source import find_adapter
 from cluster.tracking import RUN_ID_FILE, Tracker
 from raysteer.errors import StorageError
 
@@ -33,11 +32,9 @@ def evaluate_and_record(
     """
     check_model(recipe)
     check_cluster(recipe)
-    out = recipe.run_dir / "evaluation"
-    with tempfile.TemporaryDirectory() as folder:
-        exported = export(adapter or recipe.run_dir, Path(folder) / "adapter", recipe.run.storage)
-        notify(f"adapter: {exported.source}")
-        result = run_evaluation(recipe, {BEFORE: None, AFTER: exported.path}, out, notify)
+    found = find_adapter(adapter or recipe.run_dir, recipe.run.storage)
+    notify(f"adapter: {found.words}")
+    result = run_evaluation(recipe, {BEFORE: None, AFTER: found.state}, recipe.run_dir / "evaluation", notify)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(result.json_path, json_path)

@@ -18,6 +18,7 @@ from raysteer.errors import ConfigError, DeadlineExceeded, UserError
 
 if TYPE_CHECKING:
     from cluster.config import Recipe
+    from diffusion.adapters import AdapterState
     from evaluation.glyphs import PromptSet, Report
 
 CHUNK = 16
@@ -65,33 +66,32 @@ class Evaluation:
 
 def run_evaluation(
     recipe: Recipe,
-    adapters: Mapping[str, Path | None],
+    adapters: Mapping[str, AdapterState | None],
     out: Path,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
-    """Evaluate ``adapters`` (label to adapter folder or file, None for the base model) and write figures and picture.
+    """Evaluate ``adapters`` (label to state, None for the base model) and write figures and picture.
 
     Starts Ray if it does not run yet, and its own samplers, which it ends. Raises ConfigError when the recipe names no
     suite, UserError for an adapter that does not fit the model, DeadlineExceeded when a sampler does not answer.
     """
     from cluster.runtime import init_ray
-    from diffusion.adapters import load_adapter_file
     from evaluation import glyphs
 
     config = recipe.evaluation
     if config.suite is None:
         raise ConfigError("evaluation.suite", None, "set it to glyphs (or pass evaluation.suite=glyphs)")
-    states = {label: None if path is None else load_adapter_file(path) for label, path in adapters.items()}
     started = time.monotonic()
-    ray = init_ray(recipe.cluster, recipe.samplers.count * recipe.samplers.num_cpus)
+    samplers = recipe.samplers
+    ray = init_ray(recipe.cluster, samplers.count * samplers.num_cpus, samplers.count * samplers.num_gpus)
     prompts = glyphs.prompt_set(config)
     pool = _SamplerPool(ray, recipe)
     try:
         images: dict[str, np.ndarray] = {}
         # The base model first: a fresh sampler carries an adapter that changes nothing.
-        for label in sorted(states, key=lambda name: states[name] is not None):
+        for label in sorted(adapters, key=lambda name: adapters[name] is not None):
             notify(f"evaluating {label}: {len(prompts.prompts)} images on {recipe.samplers.count} samplers")
-            images[label] = pool.generate(prompts.prompts, prompts.seeds, states[label])
+            images[label] = pool.generate(prompts.prompts, prompts.seeds, adapters[label])
     finally:
         pool.close()
     reports = {label: glyphs.judge(prompts, images[label], config) for label in adapters}

@@ -52,6 +52,7 @@ def export(
     source: str | Path,
     target: str | Path,
     form: str = "diffusers",
+    *,
     storage: str | Path = "runs",
     model: str | None = None,
     force: bool = False,

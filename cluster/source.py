@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.storage import is_run_name
 from diffusion.adapters import AdapterState, adapter_metadata, check_fits, checksum, layout, load_adapter_file
 from diffusion.loading import quiet_loading, read_index
 from diffusion.policy import LoRAConfig, ModelConfig
@@ -36,8 +37,9 @@ class Source:
 
     @property
     def name(self) -> str:
-        """A file name for it: the run's."""
-        return self.metadata.get("run") or "adapter"
+        """A file name for it: the run's. The header of a file may say anything: what is no run name is not used."""
+        run = self.metadata.get("run", "")
+        return run if is_run_name(run) else "adapter"
 
     def recipe(self) -> Recipe | None:
         """The recipe of its run, None without a run.

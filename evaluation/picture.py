@@ -40,7 +40,7 @@ def before_after(
         for spine in axis.spines.values():
             spine.set_visible(False)
     for row, (name, images) in enumerate(rows.items()):
-        grid[row][0].set_ylabel(name, fontsize=11)
+        grid[row][0].set_ylabel(name, fontsize=11, parse_math=False)
         for index in range(columns):
             axis = grid[row][index + (index >= split)]
             axis.imshow(images[index], interpolation="nearest")
@@ -49,9 +49,9 @@ def before_after(
                 spine.set_linewidth(2.2)
                 spine.set_color(MARK_COLOUR if flagged[name][index] else CLEAR_COLOUR)
             if row == 0:
-                axis.set_title(textwrap.fill(prompts[index], 17), fontsize=7.5, pad=4)
+                axis.set_title(textwrap.fill(prompts[index], 17), fontsize=7.5, pad=4, parse_math=False)
     canvas.subplots_adjust(left=0.03, right=0.995, bottom=0.11, top=0.74)
-    canvas.suptitle(title, fontsize=11, y=0.995)
+    canvas.suptitle(title, fontsize=11, y=0.995, parse_math=False)
     canvas.text(
         0.5,
         0.02,
@@ -70,11 +70,11 @@ def training_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequ
     axes = canvas.subplots(1, len(curves), squeeze=False)[0]
     for axis, (name, (x, y)) in zip(axes, curves.items(), strict=True):
         axis.plot(x, y, linewidth=1.4)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(name, fontsize=9, parse_math=False)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-    canvas.suptitle(title, fontsize=10)
+    canvas.suptitle(title, fontsize=10, parse_math=False)
     canvas.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, facecolor="white")
