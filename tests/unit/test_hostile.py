@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from diffusion.adapters import save_adapter
 from diffusion.policy import DiffusionPolicy, LoRAConfig, ModelConfig
 from evaluation.picture import before_after
 from evaluation.strip import scale_strip
-from raysteer.errors import UserError
+from raysteer.errors import ModelError, UserError
 from raysteer.text import printable
 from tests.conftest import RecipeFactory
 from tests.tiny import tiny_pipeline
@@ -172,6 +173,28 @@ def test_a_weights_file_that_would_run_code_is_refused_unread(how: str, tmp_path
         file.write_bytes(pickle.dumps(_Evil()))
     with pytest.raises(UserError, match=r"weights\.pt"):
         read_state_dict(file, "reward.clip.pretrained")
+
+
+@pytest.mark.parametrize("part", ["unet", "safety_checker"])
+def test_code_that_comes_with_a_model_is_not_run(part: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_pipeline(), tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text()) | {part: ["evil", "Evil"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / part).mkdir(exist_ok=True)
+    (folder / part / "evil.py").write_text("open('pwned', 'w')\nclass Evil: pass\n")
+    if part == "safety_checker":  # never loaded
+        DiffusionPolicy.load(ModelConfig(path=str(folder)))
+        return
+    with pytest.raises(ModelError, match="custom code"):
+        DiffusionPolicy.load(ModelConfig(path=str(folder)))
+
+
+def test_a_model_with_a_pickle_for_weights_is_refused_unread(tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_pipeline(), tmp_path / "model")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"conv_in.weight": _Evil()}, folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        DiffusionPolicy.load(ModelConfig(path=str(folder)))
 
 
 def test_arrays_with_objects_inside_are_refused() -> None:
