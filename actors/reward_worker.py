@@ -10,30 +10,26 @@ import asyncio
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from actors.leases import Outcome
+from actors.members import MembersConfig
 
 if TYPE_CHECKING:
     from rewards.base import Reward
     from rewards.config import RewardConfig
 
 
-class RewardWorkersConfig(BaseModel, frozen=True, extra="forbid"):
-    """How many reward workers, what each may use, and how patient to be.
+class RewardWorkersConfig(MembersConfig, frozen=True, extra="forbid"):
+    """How many reward workers, what each may use, where, and how patient to be.
 
     With `batch_groups` above 1 the rounding of a score may depend on what arrived together; a recipe with
     buffer.max_staleness 0, which promises equal bits, must leave it at 1. `timeout_s` bounds one attempt.
     """
 
-    count: int = Field(default=1, ge=1)
-    num_cpus: float = Field(default=0.5, ge=0.0)
-    num_gpus: float = Field(default=0.0, ge=0.0)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_restarts: int = Field(default=3, ge=0)
     batch_groups: int = Field(default=1, ge=1)
     max_attempts: int = Field(default=3, ge=1)
     timeout_s: float = Field(default=120.0, gt=0.0)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import BaseModel, Field
 
 from actors.devices import prepare_device
 from actors.leases import Lease, Preview, Stop
+from actors.members import MembersConfig
 from raysteer.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
@@ -30,16 +30,8 @@ END_TIMEOUT_S = 10.0
 MAX_UNANSWERED = 4
 
 
-class SamplersConfig(BaseModel, frozen=True, extra="forbid"):
-    """How many samplers and what each may use. `max_restarts` counts replacements of one sampler in a row of the
-    run.
-    """
-
-    count: int = Field(default=1, ge=1)
-    num_cpus: float = Field(default=0.5, ge=0.0)
-    num_gpus: float = Field(default=0.0, ge=0.0)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_restarts: int = Field(default=3, ge=0)
+class SamplersConfig(MembersConfig, frozen=True, extra="forbid"):
+    """How many samplers, what each may use, and where."""
 
 
 class Sampler:

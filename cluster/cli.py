@@ -1,4 +1,4 @@
-"""The command line: plan, train, eval, compare, anchors, export, sample.
+"""The command line: plan, train, eval, compare, anchors, export, render-k8s, sample.
 
 Exit codes: 0 done, 2 something you can fix (one line says what), 3 the run could not go on (a deadline, a failed
 parity gate), 130 interrupted (a training has written its checkpoint). Heavy imports happen inside the commands, so that
@@ -209,6 +209,31 @@ def export(
 
     done = run_export(source, target, form, storage=storage, model=model, force=force)
     typer.echo(f"wrote {done.path} from {done.source}\nload it with: {done.load_line}")
+
+
+@app.command("render-k8s")
+@_reported
+def render_k8s(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[
+        str, typer.Option(metavar="FILE|FOLDER|-", help="FILE.yaml, a folder of two files, or - for standard output.")
+    ] = "-",
+) -> None:
+    """Write what kubectl apply needs to train the recipe on Kubernetes with KubeRay. Starts nothing."""
+    from cluster.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from cluster.kubernetes.render import dump, manifests, write
+
+    rendered = manifests(loaded)
+    if out == "-":
+        typer.echo(dump((*rendered.shared, *rendered.run)), nl=False)
+    else:
+        for file in write(rendered, out):
+            typer.echo(f"wrote {file}")
+    for path, place in rendered.copies.items():  # beside the manifests, which may be piped into kubectl
+        typer.echo(f"copy  {path} to {place} on the shared volume", err=True)
 
 
 @app.command()

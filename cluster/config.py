@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from actors.reward_worker import RewardWorkersConfig
 from actors.sampler import SamplersConfig
 from cluster.buffer import BufferConfig
+from cluster.kubernetes.config import KubernetesConfig
 from cluster.prompts import PromptsConfig
 from cluster.recipe_yaml import (
     apply_override,
@@ -95,6 +96,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     tracking: TrackingConfig = TrackingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
+    kubernetes: KubernetesConfig | None = None
 
     @model_validator(mode="after")
     def _cross_checks(self) -> "Recipe":
@@ -162,8 +164,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise ConfigError(str(path), data, "a recipe is a mapping of sections such as run, model and sampling")
-    # An empty section ("sampling:" and nothing below) means "all defaults".
-    data = {key: {} if value is None and key in Recipe.model_fields else value for key, value in data.items()}
+    # An empty section ("sampling:" and nothing below) means "all defaults", unless it may be null.
+    sections = {key for key, field in Recipe.model_fields.items() if field.default is not None}
+    data = {key: {} if value is None and key in sections else value for key, value in data.items()}
     for override in overrides:
         apply_override(data, override)
     return recipe_from_dict(data, file.parent)

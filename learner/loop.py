@@ -38,12 +38,19 @@ RNG_KEY = "rng/torch"
 
 
 class LearnerConfig(BaseModel, frozen=True, extra="forbid"):
-    """Learner ranks and their patience. `max_failures`: how often Ray Train may restart them; `batch_timeout_s`:
-    longest wait for one batch."""
+    """Learner ranks, where they go, and their patience.
+
+    `workers` ranks; with `min_workers` fewer are enough, down to that, and Ray Train changes their number as nodes come
+    and go. `labels` and `resources` choose nodes as those of samplers do (see MembersConfig). `max_failures`: how often
+    Ray Train may restart the ranks; `batch_timeout_s`: longest wait for one batch.
+    """
 
     workers: int = Field(default=1, ge=1)
+    min_workers: int | None = Field(default=None, ge=1)
     num_cpus: float = Field(default=0.5, ge=0.0)
     num_gpus: float = Field(default=0.0, ge=0.0)
+    resources: dict[str, float] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict)
     max_failures: int = Field(default=2, ge=0)
     batch_timeout_s: float = Field(default=600.0, gt=0.0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
