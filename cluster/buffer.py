@@ -80,7 +80,7 @@ class RolloutBuffer:
         self.settings = settings
         self.ledger = Ledger.from_state(dict(ledger_state), *rules) if ledger_state else Ledger(*rules)
         self.clock = clock
-        self.meter = Meter(clock)
+        self.meter = Meter(clock, settings.tickets.group_size)
         self.scorer = Scorer(self, settings.max_attempts, settings.score_timeout_s)
         self._journal = journal
         self._drawn: dict[int, DrawnGroup] = {}
@@ -94,6 +94,7 @@ class RolloutBuffer:
         self._reports: list[dict[str, float]] = []
         self._learners: dict[int, int] = {}
         self._learner_life = 0
+        self._lost: Counter[str] = Counter({"sampler": 0, "reward_worker": 0})
         self._stop: str | None = None
         self._failure: Exception | None = None
         self._changed = asyncio.Event()
@@ -156,7 +157,7 @@ class RolloutBuffer:
         ticket = self.settings.tickets.ticket(ticket_id)
         group = DrawnGroup(ticket, lease_id, sampler_id, entry.version, checksum, dict(refs), dict(timings))
         self._drawn[ticket_id] = group
-        self.meter.applied(sampler_id, checksum, timings["adapter_applied"])
+        self.meter.drawn(sampler_id, checksum, timings)
         self._notify()
         try:
             await self.scorer.score(group)
@@ -207,7 +208,6 @@ class RolloutBuffer:
     async def next_batch(self, step: int, timeout_s: float) -> Batch | StopTraining:
         """The batch of `step`: every rank that asks gets the same one. Ends the run when it does not come in time."""
         started, life = self.clock(), self._learner_life
-        self.meter.learner(waiting=True)
         while True:
             if life != self._learner_life:
                 return StopTraining()  # whoever asked is dead: its successor has begun anew
@@ -222,14 +222,15 @@ class RolloutBuffer:
                 await self.fail(error)
                 continue
             if entries is not None:
-                self.meter.learner(waiting=False)
+                self.meter.learner("learning")
                 self._account()
                 groups = tuple(self._drawn[entry.ticket_id].as_group() for entry in entries)
-                self._batch = Batch(step, groups, self.meter.take() | self._totals())
+                self._batch = Batch(step, groups, self.meter.take(len(entries)) | self._totals())
                 self._notify()
             elif self.clock() - started >= timeout_s:
                 await self.fail(self._overdue(step, self.clock() - started))
             else:
+                self.meter.learner("waiting")
                 await self.wait_for_change(started + timeout_s)
 
     async def report_lost(self, step: int, ticket_ids: Sequence[int]) -> None:
@@ -254,7 +255,7 @@ class RolloutBuffer:
             await self.fail(error)
             raise
         self._forget_returned()
-        self.meter.learner(waiting=False, learning=False)
+        self.meter.learner("starting")
         self._notify()
 
     async def set_adapter(self, version: int, refs: list[Any], checksum: str) -> None:
@@ -273,12 +274,14 @@ class RolloutBuffer:
 
     async def ledger_state(self, step: int) -> dict[str, Any]:
         """What the checkpoint of `step` has to hold. Every group scored so far has reached the journal by then."""
+        self.meter.learner("saving")
         appended, self._journaling = self._journaling, []
         await asyncio.gather(*map(as_coroutine, appended))
         return self.ledger.state_at(step)
 
     async def commit(self, step: int) -> None:
         """The checkpoint of `step` is durable."""
+        self.meter.learner("learning")
         before = set(self.ledger.entries)
         self.ledger.commit(step)
         for ticket_id in before - set(self.ledger.entries):
@@ -288,6 +291,7 @@ class RolloutBuffer:
     async def report(self, step: int, figures: Mapping[str, float]) -> None:
         """Figures of a finished step, for whoever watches the run."""
         self._reports.append({"step": step, **figures})
+        self.meter.groups["trained"] += self.settings.groups_per_step
 
     # -- for the supervisor --------------------------------------------------------------------------------------------
 
@@ -295,6 +299,7 @@ class RolloutBuffer:
         """This sampler is dead: what it drew and nobody consumed is drawn again (the tickets are listed)."""
         self._given_up.add(sampler_id)
         self._samplers.pop(sampler_id, None)
+        self._lost["sampler"] += 1
         gone = self.ledger.sampler_lost(sampler_id)
         self._forget_returned()
         self._notify()
@@ -306,6 +311,7 @@ class RolloutBuffer:
 
     async def reward_worker_lost(self, worker_id: str) -> None:
         self.scorer.workers.pop(worker_id, None)
+        self._lost["reward_worker"] += 1
         self._notify()
 
     async def request_stop(self, reason: str) -> None:
@@ -319,19 +325,36 @@ class RolloutBuffer:
         self._notify()
 
     async def snapshot(self) -> dict[str, Any]:
-        """How things stand: ledger counts, version, who is there, who is silent, what failed."""
+        """How things stand: ledger counts, version, who is there, who is silent, what failed.
+
+        Seconds are ages. `groups` counts what was sampled, scored and trained since the buffer began, `lost` the
+        members that died; `reports` are the figures of the steps finished since the last snapshot.
+        """
         self._expire()
         reports, self._reports = self._reports, []
-        limit_s = 2 * self.settings.lease_ttl_s
-        silent = [name for name, s in self._samplers.items() if not s.waiting and self.clock() - s.last_heard > limit_s]
+        now, limit_s = self.clock(), 2 * self.settings.lease_ttl_s
+        silence = {name: 0.0 if s.waiting else now - s.last_heard for name, s in self._samplers.items()}
         return {
             "version": self.ledger.version,
+            "steps": self.settings.total_groups // self.settings.groups_per_step,
+            "group_size": self.settings.tickets.group_size,
             "ledger": self.ledger.counts(),
+            "groups": dict(self.meter.groups),
             "open": {e.ticket_id: (e.state.value, e.sampler_id) for e in self.ledger.entries.values()},
-            "samplers": {name: {"pid": s.pid, "groups": s.groups} for name, s in self._samplers.items()},
-            "silent": silent,
+            "oldest_lease_s": self._oldest_lease_s(),
+            "samplers": {
+                name: {"pid": s.pid, "groups": s.groups, "waiting": s.waiting, "silent_s": silence[name]}
+                for name, s in self._samplers.items()
+            },
+            "silent": [name for name, silent_s in silence.items() if silent_s > limit_s],
             "reward_workers": sorted(self.scorer.workers),
+            "group_seconds": {
+                role: {name: seconds for name, seconds in self.meter.group_seconds[role].items() if name in there}
+                for role, there in (("sampler", self._samplers), ("reward_worker", self.scorer.workers))
+            },
+            "lost": dict(self._lost),
             "learners": dict(self._learners),
+            "learner": self.meter.learner_state,
             "reports": reports,
             "stop": self._stop,
             "failure": self._failure,
@@ -367,9 +390,18 @@ class RolloutBuffer:
 
     def _totals(self) -> dict[str, float]:
         counts = self.ledger.counts()
-        totals = {f"ledger/{name}": float(counts[name]) for name in ("in_flight", "ready", "committed")}
+        states = ("returned", "in_flight", "ready", "delivered", "committed")
+        totals = {f"ledger/{name}": float(counts[name]) for name in states}
         totals["ledger/dropped"] = float(sum(counts["dropped"].values()))
+        totals["ledger/oldest_lease_s"] = self._oldest_lease_s()
+        totals |= {f"dropped/{reason}": float(count) for reason, count in counts["dropped"].items()}
+        totals |= {f"lost/{role}": float(count) for role, count in self._lost.items()}
         return totals | {f"ledger/{name}": float(count) for name, count in counts["events"].items()}
+
+    def _oldest_lease_s(self) -> float:
+        now = self.clock()
+        leased = [e.leased_at for e in self.ledger.entries.values() if e.state is State.SAMPLING]
+        return now - min(leased, default=now)
 
     def _overdue(self, step: int, waited_s: float) -> DeadlineExceeded:
         pending = self.ledger.pending(self.clock())

@@ -1,90 +1,166 @@
-"""What a person sees while a run goes on: a live bar in a terminal, one plain line a step elsewhere."""
+"""What a person sees while a run goes on: a live display in a terminal, plain lines elsewhere.
+
+Both show the same: a line for each finished step, a line for whatever went wrong, and in a terminal below them what is
+going on now (see `cluster.live`). Text from outside (prompts, messages) is data: never markup, never a second line.
+"""
+
+from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
-# Shown first, in this order, when a step reports them; everything else is in MLflow and metrics.jsonl.
-_SHOWN = (
+from raysteer.logs import one_line
+
+# The figures of a step worth a column; everything else is in MLflow and metrics.jsonl.
+COLUMNS = (
     ("reward/mean", "reward"),
     ("inappropriate/unsafe_prompts", "inappropriate"),
     ("alignment/mean", "alignment"),
     ("staleness/max", "lag"),
     ("throughput/images_per_s", "images/s"),
 )
+PACE_STEPS = 20  # the remaining time is estimated from so many last steps
+# Counters of the ledger whose growth a person wants to hear of; deaths are logged by the supervisor.
+EVENTS = {
+    "lease_expired": "lease expired: the group goes to another sampler",
+    "data_lost": "drawn group lost with its owner: it is drawn again",
+    "sampler_lost": "group lost with its sampler: it is drawn again",
+    "score_retried": "score failed: it is asked for again",
+    "rewinds": "learner restart: it goes on from its checkpoint",
+}
+
+
+class View(Protocol):
+    """How the display looks: plain lines, or a live one."""
+
+    def open(self) -> None: ...
+    def close(self) -> None: ...
+    def line(self, text: str) -> None: ...
+    def step(self, figures: Mapping[str, Any], done: int, left_s: float | None) -> None: ...
+    def snapshot(self, snapshot: Mapping[str, Any]) -> None: ...
 
 
 class Progress:
-    """Consumes the metric dict of each step.
+    """Consumes what the supervising loop sees. A context manager: inside it, the display is there.
 
     Args:
         steps: steps of the whole run.
         first: steps already done (a resumed run).
-        stream: where to write; a terminal gets a live bar.
+        stream: where to write, stderr if None; a terminal gets the live display.
+        clock: monotonic seconds, for tests.
     """
 
-    def __init__(self, steps: int, first: int = 0, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        steps: int,
+        first: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.steps, self.done = steps, first
-        self.stream = stream or sys.stderr
-        self.started = time.monotonic()
-        self.first = first
-        self._bar: Any = None
-        self._task: Any = None
+        self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS + 1)
+        self._clock = clock
+        self._counts: dict[str, int] = {}
+        self._view = _view(stream or sys.stderr, steps, first)
 
-    def __enter__(self) -> "Progress":
-        if self.stream.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            columns = (
-                TextColumn("step"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._bar = Bar(*columns, console=Console(file=self.stream))
-            self._task = self._bar.add_task("starting", total=self.steps, completed=self.first)
-            self._bar.start()
+    def __enter__(self) -> Progress:
+        self._view.open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._view.close()
 
-    def on_step(self, metrics: Mapping[str, Any]) -> None:
-        """Show one step; ``metrics["step"]`` counts completed steps, otherwise each call is one more."""
-        self.done = int(metrics.get("step", self.done + 1))
-        text = summary(metrics)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, description=text)
-        else:
-            print(f"step {self.done}/{self.steps}  {text}{self._remaining()}", file=self.stream, flush=True)
+    def on_step(self, figures: Mapping[str, Any]) -> None:
+        """Show the figures of one step; `figures["step"]` counts completed steps."""
+        self.done = int(figures["step"])
+        if self._pace and self.done <= self._pace[-1][0]:
+            self._pace.clear()  # the learner went back to a checkpoint
+        self._pace.append((self.done, self._clock()))
+        self._view.step(figures, self.done, self._left_s())
+
+    def on_snapshot(self, snapshot: Mapping[str, Any]) -> None:
+        """Show how things stand (`RolloutBuffer.snapshot`), and say what has gone wrong since the last one."""
+        for text in self._news(snapshot["ledger"]):
+            self._view.line(text)
+        self._view.snapshot(snapshot)
 
     def message(self, text: str) -> None:
-        """Show a line above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
-        else:
-            print(text, file=self.stream, flush=True)
+        """Show a line above the display."""
+        self._view.line(one_line(text))
 
-    def _remaining(self) -> str:
-        finished = self.done - self.first
-        if finished <= 0 or self.done >= self.steps:
-            return ""
-        seconds = (time.monotonic() - self.started) / finished * (self.steps - self.done)
-        return f"  about {readable_seconds(seconds)} left"
+    def _news(self, ledger: Mapping[str, Any]) -> list[str]:
+        """Lines about the counters that have grown. The first snapshot of a resumed run brings old drops: no news."""
+        counts = {f"dropped: {one_line(reason)}": count for reason, count in ledger["dropped"].items()}
+        counts |= {text: ledger["events"].get(event, 0) for event, text in EVENTS.items()}
+        before, self._counts = self._counts, counts
+        if not before:
+            return []
+        grown = {text: count - before.get(text, 0) for text, count in counts.items()}
+        return [f"{text} (x{more})" if more > 1 else text for text, more in grown.items() if more > 0]
+
+    def _left_s(self) -> float | None:
+        """Seconds the remaining steps take at the pace of the last ones; None before two are done."""
+        if len(self._pace) < 2:
+            return None
+        (first_step, first_time), (last_step, last_time) = self._pace[0], self._pace[-1]
+        return (last_time - first_time) / (last_step - first_step) * (self.steps - self.done)
 
 
-def summary(metrics: Mapping[str, Any]) -> str:
-    """The few figures worth a line, for example ``reward 0.213  lag 1``."""
-    return "  ".join(f"{label} {metrics[key]:.3g}" for key, label in _SHOWN if key in metrics)
+class PlainLines:
+    """One line a step with columns that stay where they are, for files, pipes and logs of jobs."""
+
+    def __init__(self, stream: TextIO, steps: int) -> None:
+        self.stream, self.steps = stream, steps
+        self._phase = ""
+
+    def open(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+    def step(self, figures: Mapping[str, Any], done: int, left_s: float | None) -> None:
+        width = len(str(self.steps))
+        cells = [f"{label} {readable_figure(figures.get(key)):>8}" for key, label in COLUMNS]
+        left = "-" if left_s is None else readable_seconds(left_s)
+        self.line("  ".join([f"step {done:>{width}}/{self.steps}", *cells, f"left {left}"]))
+
+    def snapshot(self, snapshot: Mapping[str, Any]) -> None:
+        """Says when everybody has started, and when the run is to end: between them the steps tell enough."""
+        phase = phase_of(snapshot)
+        phase = "running" if phase in ("drawing", "scoring", "learning", "saving") else phase
+        if phase != self._phase:
+            self._phase = phase
+            self.line(phase)
+
+
+def phase_of(snapshot: Mapping[str, Any]) -> str:
+    """What the run is doing, in a word or two."""
+    if snapshot["failure"] is not None:
+        return "failing"
+    if snapshot["stop"] is not None:
+        return "stopping"
+    missing = [name for name in ("learners", "samplers", "reward_workers") if not snapshot[name]]
+    if missing:
+        return "starting " + ", ".join(name.replace("_", " ") for name in missing)
+    if snapshot["learner"] in ("learning", "saving"):
+        return str(snapshot["learner"])
+    states = [state for state, _ in snapshot["open"].values()]
+    return "drawing" if "sampling" in states or "scoring" not in states else "scoring"
+
+
+def readable_figure(value: float | None) -> str:
+    """``0.21349`` -> ``0.213``; a dash for what is not there."""
+    return "-" if value is None else f"{value:.3g}"
 
 
 def readable_seconds(seconds: float) -> str:
@@ -95,3 +171,12 @@ def readable_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _view(stream: TextIO, steps: int, first: int) -> View:
+    if stream.isatty():
+        from cluster.live import LiveDisplay, can_move_the_cursor
+
+        if can_move_the_cursor(stream):
+            return LiveDisplay(stream, steps, first)
+    return PlainLines(stream, steps)

@@ -3,7 +3,9 @@
 import pytest
 
 from actors.leases import Outcome
-from cluster.activity import ActivityClock, Meter
+from cluster.activity import ActivityClock, LearnerState, Meter
+
+TIMINGS = {"started": 0.0, "sampled": 1.0, "submitted": 2.0, "adapter_applied": 0.0}
 
 
 def test_reward_time_is_hidden_only_while_somebody_else_works() -> None:
@@ -41,10 +43,40 @@ def test_every_interval_is_accounted_for_once() -> None:
     assert figures["overlap/sampling_while_learning"] == pytest.approx(1.0)
 
 
+def test_sampled_and_scored_rates_are_those_since_the_last_look_and_images_count_by_group() -> None:
+    now = [0.0]
+    meter = Meter(lambda: now[0], group_size=4)
+    for _ in range(3):
+        meter.drawn("sampler-0", "v0", TIMINGS)
+    meter.scored(TIMINGS, Outcome("scored"))
+    now[0] = 2.0
+    figures = meter.take()
+    assert figures["throughput/sampled_groups_per_s"] == 1.5
+    assert figures["throughput/sampled_images_per_s"] == 6.0
+    assert figures["throughput/scored_images_per_s"] == 2.0
+    now[0] = 3.0
+    assert meter.take()["throughput/sampled_images_per_s"] == 0.0
+    assert meter.groups == {"sampled": 3, "scored": 1}
+
+
+def test_a_learner_that_saves_is_at_work_and_one_that_starts_neither_works_nor_waits() -> None:
+    now = [0.0]
+    meter = Meter(lambda: now[0])
+    days: tuple[tuple[LearnerState, float], ...] = (
+        ("starting", 5.0),
+        ("waiting", 1.0),
+        ("learning", 1.0),
+        ("saving", 1.0),
+    )
+    for state, seconds in days:
+        meter.learner(state)
+        now[0] += seconds
+    assert meter.take()["idle/learner"] == pytest.approx(1 / 8)
+
+
 def test_the_share_of_prompts_that_were_cut_off_is_that_of_the_groups_since_the_last_look() -> None:
     meter = Meter(lambda: 0.0)
-    timings = {"started": 0.0, "sampled": 1.0, "submitted": 2.0}
     for truncated in (1.0, 0.0, 0.0, 1.0):
-        meter.scored(timings | {"truncated": truncated}, Outcome("scored"))
+        meter.scored(TIMINGS | {"truncated": truncated}, Outcome("scored"))
     assert meter.take()["prompts/truncated"] == 0.5
     assert "prompts/truncated" not in meter.take()
