@@ -138,7 +138,7 @@ def check_not_held(run_dir: str | Path) -> None:
     raise StorageError(
         str(run_dir),
         f"this run is being trained by process {holder.pid}" + ("" if here else f" on {holder.host}"),
-        "stop that one, or give this one another run.name"
+        f"stop that one (raysteer stop {Path(run_dir).name}), or give this one another run.name"
         + ("" if here else f"; if that machine is gone, try again in {STALE_AFTER_S:.0f} s"),
     )
 

@@ -4,17 +4,23 @@ import atexit
 import logging
 import os
 import socket
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.auth import check_token, guard_private_cluster
+from cluster.jobs import surrounding_job
 from raysteer.errors import ClusterError
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
 
+logger = logging.getLogger(__name__)
+
 ROOT = Path(__file__).resolve().parent.parent
 _PROBE_TIMEOUT_S = 3.0
+_TOKEN_TIMEOUT_S = 10.0
 _SETUP_HOOK = "raysteer.torchvision_guard.install"
 _LOCAL_STORE_BYTES = (
     512 * 2**20
@@ -26,7 +32,14 @@ _DRIVER_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "1",
 }
+# Ray's processes listen on every interface of a machine under Linux, on the loopback interface alone where this is 0
+# (its default elsewhere, hence the name). Read when ray is imported.
+_BEYOND_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+_NOBODYS_TOKEN = (
+    "the dashboard will ask for a token that only this run knows; to have one of your own, which runs then use, "
+    "type ray get-auth-token --generate before the run"
+)
 _PASSED_THROUGH = (
     "HF_HUB_OFFLINE",
     "TRANSFORMERS_OFFLINE",
@@ -39,16 +52,27 @@ _PASSED_THROUGH = (
 )
 
 
-def prepare_environment(local: bool) -> None:
-    """Set what ray reads at import; ``local``: the cluster is ours and answers only on the loopback interface.
+def import_ray(private: bool) -> Any:
+    """``ray``, after setting what it reads when it is imported.
 
-    Ray would otherwise turn token authentication on for a private cluster, with a token file in the home folder that
-    the job tools do not read. On a cluster that others can reach the mode is the administrator's: we leave it alone.
+    Args:
+        private: for a cluster of our own: it asks for a token, and answers on the loopback interface only.
     """
     for key, value in _DRIVER_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    if local:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    if not private or "ray" in sys.modules:
+        import ray
+
+        return ray
+    earlier = os.environ.get(_BEYOND_LOOPBACK)
+    os.environ[_BEYOND_LOOPBACK] = "0"
+    try:
+        import ray
+    finally:
+        del os.environ[_BEYOND_LOOPBACK]
+        if earlier is not None:
+            os.environ[_BEYOND_LOOPBACK] = earlier
+    return ray
 
 
 def target_address(cfg: "ClusterConfig") -> str | None:
@@ -77,7 +101,7 @@ def probe_address(address: str, timeout_s: float = _PROBE_TIMEOUT_S) -> None:
     """Refuse an address nobody listens on. ``ray.init`` itself would keep trying for minutes.
 
     Raises:
-        ClusterError: malformed address, or no answer within ``timeout_s``.
+        ClusterError: malformed address, no answer within ``timeout_s``, or a token that is missing or wrong.
     """
     subject = f"cluster.address {address}"
     if "://" in address:
@@ -95,6 +119,7 @@ def probe_address(address: str, timeout_s: float = _PROBE_TIMEOUT_S) -> None:
         raise ClusterError(
             subject, f"nobody answers there ({error})", "start the cluster or correct the address"
         ) from None
+    check_token(address, _TOKEN_TIMEOUT_S)
 
 
 def probe_free_port(port: int, key: str) -> None:
@@ -118,8 +143,9 @@ def probe_free_port(port: int, key: str) -> None:
 def init_ray(cfg: "ClusterConfig", num_cpus_needed: float, num_gpus_needed: float = 0.0) -> Any:
     """Join or start the cluster of a run and return ``ray``.
 
-    A cluster started here is named by no file that others look at, listens on 127.0.0.1 only, ends with this process,
-    and has as many logical CPUs as the run needs, at least those of the machine.
+    A cluster started here is named by no file that others look at, listens on 127.0.0.1 only, asks for a token that
+    its own processes alone know (unless the user has one, or RAY_AUTH_MODE is disabled), ends with this process, and
+    has as many logical CPUs as the run needs, at least those of the machine.
 
     Args:
         cfg: the cluster section.
@@ -132,11 +158,13 @@ def init_ray(cfg: "ClusterConfig", num_cpus_needed: float, num_gpus_needed: floa
     address = target_address(cfg)
     if address is not None:
         probe_address(address)
-    elif cfg.dashboard:
-        probe_free_port(cfg.dashboard_port, "cluster.dashboard_port")
-    prepare_environment(local=address is None)
-    import ray
-
+    else:
+        if cfg.dashboard:
+            probe_free_port(cfg.dashboard_port, "cluster.dashboard_port")
+        # Ray reads the mode once; where it is imported already, its own default stands, which is a token too.
+        if "ray" not in sys.modules and guard_private_cluster() and cfg.dashboard:
+            logger.warning(_NOBODYS_TOKEN)
+    ray = import_ray(private=address is None)
     if ray.is_initialized():
         check_capacity(ray.cluster_resources(), num_cpus_needed, num_gpus_needed, cfg.autoscaling)
         return ray
@@ -201,13 +229,22 @@ def check_capacity(resources: dict[str, float], num_cpus: float, num_gpus: float
 
 
 def runtime_env() -> dict[str, Any]:
-    """What every worker process gets: the torchvision guard, one thread each, our packages, offline switches."""
+    """What every worker process gets: the torchvision guard, one thread each, our packages, offline switches.
+
+    In a submitted job the packages come with its working directory, which is on the path already, and what the job
+    has set stays as it is: Ray refuses a driver that sets it again.
+    """
     passed = {key: os.environ[key] for key in _PASSED_THROUGH if key in os.environ}
+    ours: dict[str, Any] = {"worker_process_setup_hook": _SETUP_HOOK}
     environment = _WORKER_ENVIRONMENT | passed
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # in a submitted job the working_dir already is on the path
+    job = surrounding_job()
+    if job is None:
         earlier = os.environ.get("PYTHONPATH")
         environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{earlier}" if earlier else str(ROOT)
-    return {"worker_process_setup_hook": _SETUP_HOOK, "env_vars": environment}
+        return ours | {"env_vars": environment}
+    theirs = job["runtime_env"]
+    environment = {key: value for key, value in environment.items() if key not in theirs.get("env_vars", {})}
+    return {key: value for key, value in ours.items() if key not in theirs} | {"env_vars": environment}
 
 
 def _running_here() -> str | None:

@@ -41,6 +41,15 @@ class RunFolder:
         return self.path / "ledger.json"
 
     @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def stop_request(self) -> Path:
+        """Its presence asks the run to end (see `cluster.stopping`)."""
+        return self.path / "stop.json"
+
+    @property
     def train_logs(self) -> Path:
         """Where Ray Train keeps its own records."""
         return self.path / "ray_train"

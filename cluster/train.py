@@ -15,16 +15,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cluster.jobs import surrounding_job
 from cluster.preflight import cpus_needed, gpus_needed, preflight
 from cluster.progress import Progress
 from cluster.runtime import init_ray
 from cluster.services import LearnerThread, Pulse, ask, end_services, roles, start_services
+from cluster.status import StatusWriter
+from cluster.stopping import withdraw_stop
 from cluster.storage import RunFolder, write_atomic, write_json
 from cluster.supervisor import Supervisor
 from learner.checkpoint import Checkpoint, latest_checkpoint
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 POLL_S = 0.5
 START_S = 600.0  # longest until the learner ranks run: on a growing cluster machines have to come up first
 MEMBERS_STOP_S = 30.0
+_RAYS_COPIES = "working_dir_files"  # folder of a Ray node that holds the unpacked working directories of jobs
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +58,16 @@ class RunResult:
     mlflow_run_id: str | None = None
 
 
-def train(recipe: Recipe, observe: Callable[[dict[str, Any]], None] | None = None) -> RunResult:
+Observer = Callable[[dict[str, Any]], None]
+
+
+def train(recipe: Recipe, observe: Observer | None = None) -> RunResult:
     """Run or continue the training a recipe describes.
 
     Args:
         recipe: as loaded by `load_recipe`.
-        observe: called about twice a second with the buffer's snapshot (see RolloutBuffer.snapshot).
+        observe: called about twice a second with the buffer's snapshot (see RolloutBuffer.snapshot) and `restarts`,
+            the replacements by role.
 
     Raises:
         UserError: something to fix, found before or during the run.
@@ -68,18 +76,31 @@ def train(recipe: Recipe, observe: Callable[[dict[str, Any]], None] | None = Non
     started = time.monotonic()
     lock = preflight(recipe)
     folder = RunFolder(recipe.run_dir).create()
+    if surrounding_job() is not None and _RAYS_COPIES in folder.path.parts:
+        logger.warning(
+            "run.storage %s lies in Ray's copy of the working directory and goes with it: to keep results and to "
+            "resume, set it to the absolute path of a folder that the whole cluster shares",
+            recipe.run.storage,
+        )
     try:
+        withdraw_stop(folder)
         checkpoint = latest_checkpoint(folder.checkpoints, recipe.fingerprint())
-        if checkpoint is not None and checkpoint.step >= recipe.run.steps:
-            logger.warning("run %s is finished already (%d steps)", recipe.run.name, checkpoint.step)
-            _export(recipe, folder, checkpoint)
-            return RunResult(
-                "finished", folder.path, folder.adapter, checkpoint.step, 0.0, mlflow_run_id=_mlflow_run_id(folder)
-            )
-        write_atomic(folder.recipe, recipe.to_yaml().encode())
-        with _cluster(recipe), _Signals() as signals:
-            return _Run(recipe, folder, checkpoint, signals, observe).run(started)
+        done = checkpoint.step if checkpoint is not None else 0
+        with StatusWriter(folder, recipe, done) as status:
+            if checkpoint is not None and done >= recipe.run.steps:
+                logger.warning("run %s is finished already (%d steps)", recipe.run.name, done)
+                _export(recipe, folder, checkpoint)
+                id_of_run = _mlflow_run_id(folder)
+                result = RunResult("finished", folder.path, folder.adapter, done, 0.0, mlflow_run_id=id_of_run)
+            else:
+                write_atomic(folder.recipe, recipe.to_yaml().encode())
+                observers: list[Observer] = [status, *([observe] if observe is not None else [])]
+                with _cluster(recipe), _Signals() as signals:
+                    result = _Run(recipe, folder, checkpoint, signals, observers).run(started)
+            status.ended(result.status, result.steps, ledger=result.ledger)
+        return result
     finally:
+        withdraw_stop(folder)
         if lock is not None:
             lock.release()
 
@@ -93,9 +114,9 @@ class _Run:
         folder: RunFolder,
         checkpoint: Checkpoint | None,
         signals: _Signals,
-        observe: Callable[[dict[str, Any]], None] | None,
+        observers: Sequence[Observer],
     ) -> None:
-        self.recipe, self.folder, self.signals, self.observe = recipe, folder, signals, observe
+        self.recipe, self.folder, self.signals, self.observers = recipe, folder, signals, observers
         self.first_step = checkpoint.step if checkpoint is not None else 0
         self.services = start_services(recipe, folder, checkpoint)
         self.supervisor = Supervisor(roles(recipe, self.services))
@@ -123,16 +144,16 @@ class _Run:
                     pulse.check()
                 except ClusterError as error:  # the learner is told so, writes a checkpoint if it can, and returns
                     ask(buffer.fail, error)
-                snapshot = ask(buffer.snapshot)
+                snapshot = ask(buffer.snapshot) | {"restarts": dict(self.supervisor.restarts)}
                 for figures in snapshot["reports"]:
                     progress.on_step(figures)
                 for member_id in snapshot["silent"]:
                     self.supervisor.kill(member_id, "it neither draws nor asks")
-                if self.observe is not None:
-                    self.observe(snapshot)
-                if self.signals.received and snapshot["stop"] is None:
-                    progress.message("stopping: a checkpoint is written, the same command continues the run")
-                    ask(buffer.request_stop, self.signals.received)
+                for observe in self.observers:
+                    observe(snapshot)
+                if snapshot["stop"] is None and (reason := self._asked_to_stop()):
+                    progress.message(f"{reason}: a checkpoint is written, the same command continues the run")
+                    ask(buffer.request_stop, reason)
                 now = time.monotonic()
                 if not snapshot["learners"] and now - begun > max(START_S, patience_s):
                     hint = "the cluster has no room for learner.workers, or they cannot load the model: see ray logs"
@@ -141,6 +162,9 @@ class _Run:
                     ending = ending or now
                     if now - ending > patience_s:
                         raise DeadlineExceeded("the learner to end", now - ending, "it is stuck in a step: see its log")
+
+    def _asked_to_stop(self) -> str | None:
+        return self.signals.received or ("raysteer stop" if self.folder.stop_request.exists() else None)
 
     def _finish(self, failure: BaseException | None, started: float, mlflow_run_id: str | None) -> RunResult:
         """End everybody, write what is left to write, and report or raise."""

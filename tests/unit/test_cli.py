@@ -31,7 +31,7 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 def test_help_and_version() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in ("plan", "train", "eval", "compare", "export", "sample"):
+    for command in ("plan", "train", "submit", "status", "stop", "eval", "compare", "export", "sample"):
         assert command in result.stdout
     assert invoke("--version").stdout.strip() == __version__
 
