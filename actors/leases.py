@@ -69,10 +69,11 @@ class Outcome:
     """What became of scoring a group.
 
     `scored`: rewards are there. `retryable`: the attempt failed, another may not. `poisoned`: no attempt will help (a
-    reward that is not a number). There is no silent zero. Times are wall-clock seconds (time.time()).
+    reward that is not a number). `untried`: the worker ended before this group's turn. There is no silent zero. Times
+    are wall-clock seconds (time.time()).
     """
 
-    kind: Literal["scored", "retryable", "poisoned"]
+    kind: Literal["scored", "retryable", "poisoned", "untried"]
     reward: np.ndarray | None = None  # float32 [G]
     parts: Mapping[str, np.ndarray] = field(default_factory=dict)  # each float32 [G]
     reason: str = ""

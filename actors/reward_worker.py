@@ -2,6 +2,9 @@
 
 An asyncio shell around one reward: requests queue on the event loop, one thread computes. Stateless, so that another
 worker can score the same images again. Whatever goes wrong is an `Outcome` with a reason, never a number.
+
+A reward that hangs takes its thread with it: the worker then says which groups it was at, hands back the others, and
+ends with the reason, so that the supervisor replaces it.
 """
 
 from __future__ import annotations
@@ -10,24 +13,29 @@ import asyncio
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from pydantic import Field
 
 from actors.leases import Outcome
 from actors.members import MembersConfig
+from raysteer.calls import ask
+from raysteer.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
     from rewards.base import Reward
     from rewards.config import RewardConfig
+
+_Request: TypeAlias = "tuple[np.ndarray, str, asyncio.Future[Outcome]]"
 
 
 class RewardWorkersConfig(MembersConfig, frozen=True, extra="forbid"):
     """How many reward workers, what each may use, where, and how patient to be.
 
     With `batch_groups` above 1 the rounding of a score may depend on what arrived together; a recipe with
-    buffer.max_staleness 0, which promises equal bits, must leave it at 1. `timeout_s` bounds one attempt.
+    buffer.max_staleness 0, which promises equal bits, must leave it at 1. `timeout_s` bounds one call of the reward;
+    a worker whose reward takes longer is replaced.
     """
 
     batch_groups: int = Field(default=1, ge=1)
@@ -47,12 +55,16 @@ class RewardWorker:
         device = prepare_device(device)
         self.reward: Reward = build_reward(reward, device)
         self._thread = ThreadPoolExecutor(max_workers=1, initializer=prepare_device, initargs=(device,))
-        self._queue: asyncio.Queue[tuple[np.ndarray, str, asyncio.Future[Outcome]]] = asyncio.Queue()
+        self._queue: asyncio.Queue[_Request] = asyncio.Queue()
         self._batcher: asyncio.Task[None] | None = None
-        self._stopped = asyncio.Event()
+        self._ended: asyncio.Future[str] | None = None
+        self._hung: DeadlineExceeded | None = None
+        self.timeout_s: float | None = None  # of one call of the reward; the buffer says, see `run`
 
     async def score(self, images: np.ndarray, prompt: str) -> Outcome:
         """Outcome for one group: images uint8 [G, H, W, 3] of one prompt."""
+        if self._hung is not None:
+            return self._untried()
         if self._batcher is None:
             self._batcher = asyncio.create_task(self._serve())
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -62,16 +74,18 @@ class RewardWorker:
     async def run(self, buffer: Any) -> str:
         """Report for work, now that the models are loaded, and stay until `stop` is called.
 
-        Fails when the process dies: the supervisor's way to notice.
+        Fails when the process dies or the reward hangs: the supervisor's way to notice.
         """
         import ray
 
-        await buffer.add_reward_worker.remote(self.worker_id, ray.get_runtime_context().current_actor)
-        await self._stopped.wait()
-        return self.worker_id
+        self._ended = asyncio.get_running_loop().create_future()
+        myself = ray.get_runtime_context().current_actor
+        self.timeout_s = await asyncio.to_thread(ask, buffer.add_reward_worker, self.worker_id, myself)
+        return await self._ended
 
     async def stop(self) -> None:
-        self._stopped.set()
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(self.worker_id)
 
     async def pid(self) -> int:
         return os.getpid()
@@ -83,10 +97,29 @@ class RewardWorker:
             while len(batch) < self.batch_groups and not self._queue.empty():
                 batch.append(self._queue.get_nowait())
             jobs = [(images, prompt) for images, prompt, _ in batch]
-            outcomes = await loop.run_in_executor(self._thread, self._score, jobs)
+            started = time.time()
+            try:
+                scoring = loop.run_in_executor(self._thread, self._score, jobs)
+                outcomes = await asyncio.wait_for(scoring, self.timeout_s)
+            except TimeoutError:
+                return self._give_up(batch, started)
             for (_, _, future), outcome in zip(batch, outcomes, strict=True):
                 if not future.done():
                     future.set_result(outcome)
+
+    def _give_up(self, batch: list[_Request], started: float) -> None:
+        """The reward hangs: name the groups it was at, hand back those behind them, and end."""
+        assert self.timeout_s is not None
+        self._hung = DeadlineExceeded(
+            "the reward to score", self.timeout_s, "it hangs, or reward_workers.timeout_s is too short for it"
+        )
+        detail = f"{self.worker_id}: the reward gave no score within {self.timeout_s:g} s"
+        for _, _, future in batch:
+            future.set_result(self._failed("retryable", "reward_timeout", detail, started))
+        while not self._queue.empty():
+            self._queue.get_nowait()[2].set_result(self._untried())
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_exception(self._hung)
 
     def _score(self, jobs: list[tuple[np.ndarray, str]]) -> list[Outcome]:
         """Score groups together; if that fails, each alone, so that one bad group does not spoil its neighbours."""
@@ -114,6 +147,9 @@ class RewardWorker:
             else:
                 outcomes.append(Outcome("scored", reward, parts, "", "", started, time.time(), self.worker_id))
         return outcomes
+
+    def _untried(self) -> Outcome:
+        return Outcome("untried", reason="reward_worker_ended", worker_id=self.worker_id)
 
     def _failed(self, kind: Any, reason: str, detail: str, started: float) -> Outcome:
         return Outcome(kind, None, {}, reason, detail, started, time.time(), self.worker_id)

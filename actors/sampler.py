@@ -4,6 +4,9 @@ One turn of `run`: lease a ticket, put on the lease's adapter if it is another o
 group, put images and trajectory into the object store, ask the reward worker for a score and hand its *future* to the
 buffer. The buffer answers a submission when the score is in, so the number of unanswered ones is what bounds a
 sampler that is faster than the rewards.
+
+A full object store and an adapter whose bytes are not what was published are no fault of this sampler, and no
+replacement could do better: they end the run by name.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import numpy as np
 from actors.devices import prepare_device
 from actors.leases import Lease, Preview, Stop
 from actors.members import MembersConfig
-from raysteer.errors import DeadlineExceeded
+from raysteer.calls import AGAIN, ask, put
+from raysteer.errors import ClusterError, DeadlineExceeded
 
 if TYPE_CHECKING:
     from diffusion.policy import ModelConfig
@@ -76,26 +80,27 @@ class Sampler:
                 if unanswered:
                     ray.wait(unanswered, num_returns=len(unanswered), timeout=END_TIMEOUT_S)
                 return {"groups": drawn}
-            if isinstance(grant, Lease):
-                unanswered.append(self._draw(grant, buffer))
-                drawn += 1
-            elif isinstance(grant, Preview):
-                unanswered += self._preview(grant, tracker, *preview)
+            try:
+                if isinstance(grant, Lease):
+                    unanswered.append(self._draw(grant, buffer))
+                    drawn += 1
+                elif isinstance(grant, Preview):
+                    unanswered += self._preview(grant, tracker, *preview)
+            except ClusterError as error:
+                ask(buffer.fail, error)
             unanswered = self._bounded(unanswered)
 
     def _draw(self, lease: Lease, buffer: Any) -> Any:
-        import ray
-
         from diffusion.sampling import sample_rollout
 
         assert self.sampling is not None, "a sampler for evaluation only draws no groups"
         started = time.time()
-        self._put_on(lease.adapter[0], lease.checksum)
+        self._put_on(lease)
         ticket = lease.ticket
         rollout = sample_rollout(self.policy, ticket.prompt, ticket.seeds, self.sampling, ticket.step_seed, ticket.step)
         sampled = time.time()
-        images = ray.put(rollout.images)
-        trajectory = ray.put(rollout.trajectory)
+        images = put(rollout.images)
+        trajectory = put(rollout.trajectory)
         refs = {"images": images, "trajectory": trajectory}  # in a container, so that Ray passes references on
         if lease.reward_worker is not None:
             refs["outcome"] = lease.reward_worker.score.remote(images, ticket.prompt)
@@ -123,23 +128,30 @@ class Sampler:
         ray.get(answered)  # a submission that failed is a bug or a dead buffer: fail here, not silently
         return pending
 
-    def _put_on(self, adapter: Any, checksum: str) -> None:
-        """Make `adapter` (an object reference) the policy's, unless it is already."""
+    def _put_on(self, grant: Lease | Preview) -> None:
+        """Make the adapter of `grant` the policy's, unless it is already.
+
+        Raises ClusterError when its bytes are not those that were published.
+        """
         import ray
 
         from diffusion.adapters import checksum as checksum_of
 
-        if checksum == self.checksum:
+        if grant.checksum == self.checksum:
             return
-        state = ray.get(adapter, timeout=ADAPTER_TIMEOUT_S)
+        state = ray.get(grant.adapter[0], timeout=ADAPTER_TIMEOUT_S)
         found = checksum_of(state)
-        if found != checksum:
-            raise RuntimeError(f"{self.sampler_id} was given adapter {found[:12]} instead of {checksum[:12]}")
+        if found != grant.checksum:
+            raise ClusterError(
+                f"adapter version {grant.version} in the object store of node {ray.util.get_node_ip_address()}",
+                f"it has checksum {found[:12]} instead of {grant.checksum[:12]}: its bytes have changed",
+                f"{AGAIN}; if this happens again, suspect the memory of that node",
+            )
         self.policy.load_adapter(state)
-        self.checksum, self.applied_at = checksum, time.time()
+        self.checksum, self.applied_at = grant.checksum, time.time()
 
     def _preview(self, grant: Preview, tracker: Any, steps: int, guidance_scale: float) -> list[Any]:
-        self._put_on(grant.adapter[0], grant.checksum)
+        self._put_on(grant)
         images = self.generate(grant.prompts, grant.seeds, steps, guidance_scale)
         return [] if tracker is None else [tracker.log_images.remote(grant.version, images, list(grant.prompts))]
 

@@ -24,9 +24,11 @@ from cluster.ledger import Ledger, LedgerError, State
 from cluster.scoring import DrawnGroup, Scorer, as_coroutine, journal_row
 from cluster.tickets import TicketSource, derive_seed
 from learner.batches import Batch, StopTraining
+from raysteer.calls import plain
 from raysteer.errors import DeadlineExceeded, UserError
 
 TICK_S = 1.0
+JOURNAL_TIMEOUT_S = 90.0  # less than the learner waits for a checkpoint's ledger, so that the journal is named
 DROP_WINDOW = 16  # groups; a run in which more than half of the last so many were dropped is stopped
 
 logger = logging.getLogger(__name__)
@@ -194,13 +196,14 @@ class RolloutBuffer:
             return
         self._drawn.pop(group.ticket.id, None)
         self._recent.append(outcome.reason)
+        whose = f"ticket {group.ticket.id}, {group.ticket.prompt_class} prompt {group.ticket.prompt!r}"
+        logger.warning("%s is dropped: %s (%s)", whose, outcome.reason, outcome.detail)
         dropped = Counter(reason for reason in self._recent if reason)
         if len(self._recent) >= DROP_WINDOW and dropped.total() > len(self._recent) / 2:
             reasons = ", ".join(f"{reason} x{count}" for reason, count in dropped.most_common(3))
-            last = f"last: ticket {group.ticket.id}, {group.ticket.prompt_class} prompt {group.ticket.prompt!r}"
             problem = f"{dropped.total()} of the last {len(self._recent)} groups were dropped ({reasons})"
             await self.fail(
-                UserError("reward", f"{problem}; {last}: {outcome.detail}", "correct the reward or its input")
+                UserError("reward", f"{problem}; last: {whose}: {outcome.detail}", "correct the reward or its input")
             )
 
     # -- for the learner -----------------------------------------------------------------------------------------------
@@ -217,7 +220,8 @@ class RolloutBuffer:
                 return StopTraining(None if self._failure is None else str(self._failure))
             self._expire()
             try:
-                entries = self.ledger.deliver(step)
+                # A rank may ask before rank 0 has published the version this step trains: it waits like everybody.
+                entries = None if step == self.ledger.version + 1 else self.ledger.deliver(step)
             except LedgerError as error:
                 await self.fail(error)
                 continue
@@ -273,10 +277,22 @@ class RolloutBuffer:
         self._notify()
 
     async def ledger_state(self, step: int) -> dict[str, Any]:
-        """What the checkpoint of `step` has to hold. Every group scored so far has reached the journal by then."""
+        """What the checkpoint of `step` has to hold. Every group scored so far has reached the journal by then.
+
+        Raises what the journal raises, ClusterError when it is dead, DeadlineExceeded when it does not answer.
+        """
+        from ray.exceptions import RayError
+
         self.meter.learner("saving")
-        appended, self._journaling = self._journaling, []
-        await asyncio.gather(*map(as_coroutine, appended))
+        appended = list(self._journaling)
+        try:
+            await asyncio.wait_for(asyncio.gather(*map(as_coroutine, appended)), JOURNAL_TIMEOUT_S)
+        except TimeoutError as error:
+            waited_for = f"the journal to take {len(appended)} scored groups"
+            raise DeadlineExceeded(waited_for, JOURNAL_TIMEOUT_S, "its process is stuck: see its log") from error
+        except RayError as error:
+            raise plain(error) from None
+        self._journaling = self._journaling[len(appended) :]
         return self.ledger.state_at(step)
 
     async def commit(self, step: int) -> None:
@@ -305,12 +321,14 @@ class RolloutBuffer:
         self._notify()
         return gone
 
-    async def add_reward_worker(self, worker_id: str, handle: Any) -> None:
+    async def add_reward_worker(self, worker_id: str, handle: Any) -> float:
+        """A worker is ready. Answers how long one call of its reward may take, in seconds."""
         self.scorer.workers[worker_id] = handle
         self._notify()
+        return self.settings.score_timeout_s
 
     async def reward_worker_lost(self, worker_id: str) -> None:
-        self.scorer.workers.pop(worker_id, None)
+        self.scorer.forget(worker_id)
         self._lost["reward_worker"] += 1
         self._notify()
 
@@ -325,7 +343,7 @@ class RolloutBuffer:
         self._notify()
 
     async def snapshot(self) -> dict[str, Any]:
-        """How things stand: ledger counts, version, who is there, who is silent, what failed.
+        """How things stand: ledger counts, version, who is there, who is silent and why, what failed.
 
         Seconds are ages. `groups` counts what was sampled, scored and trained since the buffer began, `lost` the
         members that died; `reports` are the figures of the steps finished since the last snapshot.
@@ -334,6 +352,7 @@ class RolloutBuffer:
         reports, self._reports = self._reports, []
         now, limit_s = self.clock(), 2 * self.settings.lease_ttl_s
         silence = {name: 0.0 if s.waiting else now - s.last_heard for name, s in self._samplers.items()}
+        mute = [name for name, silent_s in silence.items() if silent_s > limit_s]
         return {
             "version": self.ledger.version,
             "steps": self.settings.total_groups // self.settings.groups_per_step,
@@ -346,7 +365,7 @@ class RolloutBuffer:
                 name: {"pid": s.pid, "groups": s.groups, "waiting": s.waiting, "silent_s": silence[name]}
                 for name, s in self._samplers.items()
             },
-            "silent": [name for name, silent_s in silence.items() if silent_s > limit_s],
+            "silent": dict.fromkeys(mute, "it neither draws nor asks") | self.scorer.stuck,
             "reward_workers": sorted(self.scorer.workers),
             "group_seconds": {
                 role: {name: seconds for name, seconds in self.meter.group_seconds[role].items() if name in there}

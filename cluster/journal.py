@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from raysteer.calls import AGAIN
+from raysteer.errors import StorageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,22 +51,31 @@ class JournalWriter:
             self.flush()
 
     def flush(self) -> int:
-        """Write what has been collected; returns the number of rows written."""
+        """Write what has been collected; returns the number of rows written.
+
+        Raises OSError when the disk refuses; what is not written stays collected.
+        """
+        count = len(self.rows)
+        while self.rows:  # one part for each shape of latents
+            shape = _shape(self.rows[0])
+            self._write([row for row in self.rows if _shape(row) == shape])
+            self.rows = [row for row in self.rows if _shape(row) != shape]
+        return count
+
+    def _write(self, rows: list[tuple[Mapping[str, Any], np.ndarray | None]]) -> None:
         import pyarrow.parquet as pq
 
-        rows, self.rows = self.rows, []
-        by_shape: dict[Any, list[tuple[Mapping[str, Any], np.ndarray | None]]] = {}
-        for row, latents in rows:
-            by_shape.setdefault(None if latents is None else latents.shape, []).append((row, latents))
-        for same in by_shape.values():
-            target = self.folder / f"part-{self._next:06d}.parquet"
-            beside = self.folder / f".{target.name}.{os.getpid()}"
-            pq.write_table(_table(same), beside, compression="zstd")
+        target = self.folder / f"part-{self._next:06d}.parquet"
+        beside = self.folder / f".{target.name}.{os.getpid()}"
+        try:
+            pq.write_table(_table(rows), beside, compression="zstd")
             with open(beside, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(beside, target)
-            self._next += 1
-        return len(rows)
+        except OSError:
+            beside.unlink(missing_ok=True)  # on a full disk its room is needed
+            raise
+        self._next += 1
 
 
 class Journal:
@@ -73,7 +86,10 @@ class Journal:
         self.without_latents = 0
 
     def append(self, row: Mapping[str, Any], trajectory: list[Any]) -> None:
-        """`trajectory` holds one object reference; of it only the final latents are kept."""
+        """`trajectory` holds one object reference; of it only the final latents are kept.
+
+        Raises StorageError when the disk refuses; the row is kept for the next flush.
+        """
         import ray
 
         try:
@@ -83,14 +99,24 @@ class Journal:
             latents = None
             self.without_latents += 1
             logger.warning("ticket %s is journaled without latents: its sampler died", row["ticket"])
-        self.writer.append(row, latents)
+        with self._named():
+            self.writer.append(row, latents)
 
     def ping(self) -> None:
         """Answers while the process lives."""
 
     def flush(self) -> dict[str, int]:
-        """Everything appended so far is on disk when this returns."""
-        return {"rows": self.writer.flush(), "without_latents": self.without_latents}
+        """Everything appended so far is on disk when this returns. Raises StorageError when the disk refuses."""
+        with self._named():
+            return {"rows": self.writer.flush(), "without_latents": self.without_latents}
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            problem = f"the journal cannot be written ({error.strerror or error})"
+            raise StorageError(str(self.writer.folder), problem, f"free some space; {AGAIN}") from error
 
 
 def read_journal(folder: str | Path) -> pa.Table:
@@ -118,6 +144,10 @@ def as_float32(latents: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "bfloat16":
         return (latents.astype(np.uint32) << 16).view(np.float32)
     return np.asarray(latents, np.float32)
+
+
+def _shape(row: tuple[Mapping[str, Any], np.ndarray | None]) -> tuple[int, ...] | None:
+    return None if row[1] is None else row[1].shape
 
 
 def _table(rows: list[tuple[Mapping[str, Any], np.ndarray | None]]) -> pa.Table:

@@ -73,13 +73,19 @@ def journal_row(group: DrawnGroup) -> dict[str, Any]:
 
 
 class Scorer:
-    """The reward workers that are alive, and the patience one has with them."""
+    """The reward workers that are alive, and the patience one has with them.
+
+    A worker notices itself when its reward hangs for `timeout_s`. One that answers nobody for twice as long although it
+    owes scores is stuck as a process: it is asked no more, and listed in `stuck` for the supervisor.
+    """
 
     def __init__(self, buffer: RolloutBuffer, max_attempts: int, timeout_s: float) -> None:
         self.buffer = buffer
         self.max_attempts = max_attempts
         self.timeout_s = timeout_s
         self.workers: dict[str, Any] = {}
+        self.stuck: dict[str, str] = {}  # workers that do not even answer, and what they owe: to be ended
+        self._heard: dict[str, float] = {}
         self._assigned: dict[int, str] = {}
         self._turn = 0
 
@@ -92,9 +98,16 @@ class Scorer:
         self._assigned[lease_id] = names[self._turn % len(names)]
         return self.workers[self._assigned[lease_id]]
 
+    def forget(self, worker_id: str) -> None:
+        """This worker is gone."""
+        for known in (self.workers, self.stuck, self._heard):
+            known.pop(worker_id, None)
+
     async def score(self, group: DrawnGroup) -> None:
-        """Until the group is scored, given up, or wanted no more. A dead worker, an exception and a timeout are
-        attempts.
+        """Until the group is scored, given up, or wanted no more.
+
+        A dead worker, an exception and a hanging reward are attempts. That its worker ended before this group's turn is
+        none: whoever is scored when a reward hangs must not decide over its neighbours.
         """
         name, future = self._assigned.pop(group.lease_id, ""), group.refs.pop("outcome", None)
         attempts = 0
@@ -105,11 +118,13 @@ class Scorer:
                     return
                 future = self.workers[name].score.remote(group.refs["images"], group.ticket.prompt)
             outcome, future = await self._outcome(future, name), None
-            attempts += 1
+            attempts += outcome.kind != "untried"
             if outcome.kind == "scored":
                 return self.buffer.accept(group, outcome)
             if outcome.reason == "images_lost":
                 return self.buffer.lost(group)
+            if outcome.reason in ("reward_timeout", "reward_worker_ended", "reward_worker_died"):
+                self.workers.pop(name, None)  # do not ask it again before the supervisor has noticed
             if outcome.kind == "poisoned" or attempts >= self.max_attempts:
                 return await self.buffer.drop(group, outcome)
             self.buffer.ledger.events["score_retried"] += 1
@@ -130,14 +145,22 @@ class Scorer:
     async def _outcome(self, future: Any, name: str) -> Outcome:
         from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayError
 
+        asked, patience_s = self.buffer.clock(), 2 * self.timeout_s
+        answer = asyncio.ensure_future(as_coroutine(future))
+        while not answer.done():
+            silent_s = self.buffer.clock() - max(asked, self._heard.get(name, asked))
+            if silent_s >= patience_s:
+                answer.cancel()
+                self.stuck[name] = f"it owes scores and has given none for {silent_s:.0f} s"
+                return _failed("reward_timeout", f"{name} gave no sign of life for {silent_s:.0f} s")
+            await asyncio.wait({answer}, timeout=patience_s - silent_s)
+        self._heard[name] = self.buffer.clock()
         try:
-            return await asyncio.wait_for(as_coroutine(future), self.timeout_s)
-        except TimeoutError:
-            return _failed("reward_timeout", f"{name} gave no score within {self.timeout_s:g} s")
-        except RayActorError as error:
-            if isinstance(error, ActorDiedError):
-                self.workers.pop(name, None)  # do not ask it again before the supervisor has noticed
+            return answer.result()
+        except ActorDiedError:
             return _failed("reward_worker_died", f"{name} died while it scored")
+        except RayActorError as error:
+            return _failed("reward_worker_unreachable", str(error)[:300])
         except ObjectLostError as error:
             return _failed("images_lost", str(error))
         except RayError as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from raysteer.errors import DeadlineExceeded
+from raysteer.calls import ask, put
 
 REGISTER_TIMEOUT_S = 60.0
 
@@ -26,19 +26,15 @@ class WeightStore:
         self._versions: dict[int, Any] = {}
 
     def publish(self, version: int, state: Mapping[str, np.ndarray], checksum: str) -> None:
-        """Make `state` (float32 arrays by name) version `version` and return when the buffer lends it. Idempotent."""
-        import ray
+        """Make `state` (float32 arrays by name) version `version` and return when the buffer lends it. Idempotent.
 
-        reference = ray.put({name: np.asarray(array) for name, array in state.items()})
+        Raises ClusterError when the object store is full, DeadlineExceeded when the buffer does not answer.
+        """
+        reference = put({name: np.asarray(array) for name, array in state.items()})
         self._versions[version] = reference
         for old in sorted(self._versions)[: -self.keep]:
             del self._versions[old]
-        try:
-            ray.get(self.buffer.set_adapter.remote(version, [reference], checksum), timeout=REGISTER_TIMEOUT_S)
-        except ray.exceptions.GetTimeoutError as error:
-            raise DeadlineExceeded(
-                f"the buffer to take adapter version {version}", REGISTER_TIMEOUT_S, "its process is stuck: see its log"
-            ) from error
+        ask(self.buffer.set_adapter, version, [reference], checksum, timeout_s=REGISTER_TIMEOUT_S)
 
     def ping(self) -> None:
         """Answers while the process lives."""

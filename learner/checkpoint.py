@@ -9,6 +9,8 @@
 
 A checkpoint is written beside its place, synced and renamed, so it is there completely or not at all; one that does
 not match its manifest (a torn disk, a half-copied folder) is passed over with a warning and the one before it is used.
+One that is whole but of an unknown format, or made by another recipe, is refused: going on from an older one, or from
+nothing, would throw training away unasked.
 """
 
 from __future__ import annotations
@@ -32,6 +34,10 @@ FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})$")
 _FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 _EMA = "ema.safetensors"
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that is not what was written: torn, half copied, changed."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,9 @@ def checkpoint_path(folder: str | Path, step: int) -> Path:
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, keep: int | None = None) -> Path:
-    """Write a checkpoint durably; older ones beyond the newest `keep` are removed. Raises OSError when the disk
-    refuses.
+    """Write a checkpoint durably; older ones beyond the newest `keep` are removed, and what writers that died left.
+
+    Raises OSError when the disk refuses; nothing of this checkpoint is left then.
     """
     from safetensors.numpy import save
 
@@ -84,14 +91,16 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, keep: int | None
 
     target = checkpoint_path(folder, checkpoint.step)
     beside = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    for unfinished in target.parent.glob(".step-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     beside.mkdir(parents=True)
-    for name, data in contents.items():
-        with open(beside / name, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    _sync_folder(beside)
+    try:
+        for name, data in contents.items():
+            _write_synced(beside / name, data)
+        _sync_folder(beside)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)  # on a full disk its room is needed
+        raise
     if target.exists():  # the same step again after going back: a rename cannot replace a folder that is not empty
         shutil.rmtree(target)
     os.rename(beside, target)
@@ -109,23 +118,22 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read one checkpoint. Raises CheckpointError when it is damaged or of another format."""
+    """Read one checkpoint. Raises DamagedCheckpoint, or CheckpointError when it is of another format."""
     from safetensors.numpy import load
 
     path = Path(path)
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
-        contents = {name: (path / name).read_bytes() for name in sorted({*_FILES, *manifest.keys()})}
-        damaged = [name for name, data in contents.items() if hashlib.sha256(data).hexdigest() != manifest.get(name)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(str(path), f"is not complete ({type(error).__name__})", "delete this folder") from error
-    if damaged:
-        raise CheckpointError(str(path), f"{damaged[0]} does not match its checksum", "delete this folder")
-    state = json.loads(contents["state.json"])
-    if state["format"] != FORMAT:
+        manifest = dict(json.loads((path / "manifest.json").read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedCheckpoint(str(path), "manifest.json is missing or torn", "delete this folder") from error
+    state = json.loads(_verified(path, "state.json", manifest))
+    if state.get("format") != FORMAT:  # asked before the other files: another format may have others
         raise CheckpointError(
-            str(path), f"has format {state['format']}, this version reads {FORMAT}", "use the version that wrote it"
+            str(path),
+            f"has format {state.get('format')}, this version reads {FORMAT}",
+            "use the version that wrote it, or begin anew with another run.name",
         )
+    contents = {name: _verified(path, name, manifest) for name in sorted({*_FILES, *manifest})}
     return Checkpoint(
         step=state["step"],
         fingerprint=state["fingerprint"],
@@ -138,11 +146,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def latest_checkpoint(folder: str | Path, fingerprint: str | None = None) -> Checkpoint | None:
-    """The newest valid checkpoint, or None. Raises CheckpointError when it was made by another recipe."""
+    """The newest whole checkpoint, or None. Raises CheckpointError when it has an unknown format or was made by another
+    recipe.
+    """
     for path in reversed(list_checkpoints(folder)):
         try:
             checkpoint = read_checkpoint(path)
-        except CheckpointError as error:
+        except DamagedCheckpoint as error:
             warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
             continue
         if fingerprint is not None and checkpoint.fingerprint != fingerprint:
@@ -153,6 +163,23 @@ def latest_checkpoint(folder: str | Path, fingerprint: str | None = None) -> Che
             )
         return checkpoint
     return None
+
+
+def _verified(path: Path, name: str, manifest: Mapping[str, str]) -> bytes:
+    try:
+        data = (path / name).read_bytes()
+    except OSError as error:
+        raise DamagedCheckpoint(str(path), f"{name} cannot be read ({error.strerror})", "delete this folder") from error
+    if hashlib.sha256(data).hexdigest() != manifest.get(name):
+        raise DamagedCheckpoint(str(path), f"{name} does not match its checksum", "delete this folder")
+    return data
+
+
+def _write_synced(file: Path, data: bytes) -> None:
+    with open(file, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def _contiguous(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -4,14 +4,16 @@ The whole loop is `train_loop`; `Learner` is what it needs on one rank. Ray Trai
 the loop then begins anew at the newest valid checkpoint of our own (a checkpoint reported to Ray Train but not yet
 polled would be lost), tells the buffer to go back there, and goes on. Everything a rank decides on alone would leave
 the others waiting in a collective call, so decisions are either functions of the batch, which all ranks share, or
-taken together (`_worst`).
+taken together (`_worst`). What rank 0 does alone for the others (publishing, checkpoints, figures) must not kill it
+half-way: when it fails, the run is failed by name, and all ranks end in order at their next batch.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,13 +27,14 @@ from learner.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, r
 from learner.ema import AdapterEMA
 from learner.optim import AdapterOptimizer, OptimizerConfig
 from learner.records import append_row, keep_rows_until
-from raysteer.errors import ParityError, UserError
+from raysteer.calls import AGAIN, ask
+from raysteer.errors import DeadlineExceeded, ParityError, StorageError, UserError
 
 if TYPE_CHECKING:
     from diffusion.policy import ModelConfig
     from diffusion.sampling import SamplingConfig, Trajectory
 
-CALL_TIMEOUT_S = 120.0
+CALL_TIMEOUT_S = 120.0  # of the last figures, and beyond the patience for a batch
 FETCH_TIMEOUT_S = 60.0
 PARITY_SHARE = 0.1  # of the clip range: beyond it, fresh samples would start outside the trust region
 RNG_KEY = "rng/torch"
@@ -96,14 +99,16 @@ def train_loop(config: dict[str, Any]) -> None:
         received = learner.receive(step)
         if received is None or not learner.in_parity(*received):
             break
-        figures = learner.learn(*received)
+        batch, trajectories = received
+        figures = learner.learn(batch, trajectories)
         if figures is None:
             break
         step += 1
         learner.publish(step)
+        # Figures before the checkpoint that covers them: going back cuts them off, but nothing would write them again.
+        learner.report(step, figures, [group.ticket_id for group in batch.groups])
         if step % learner.settings.checkpoint_every == 0 or step == learner.settings.steps:
             learner.save(step)
-        learner.report(step, figures)
     learner.save(step)
     learner.finish()
 
@@ -152,8 +157,9 @@ class Learner:
             torch.manual_seed(settings.seed)
         pids = self._gather(os.getpid())
         if self.rank == 0:
-            keep_rows_until(settings.metrics_file, step)
-            self._call(self.services.buffer.rewind, step, dict(enumerate(pids)))
+            ask(self.services.buffer.rewind, step, dict(enumerate(pids)))
+            with self._failing_the_run():
+                keep_rows_until(settings.metrics_file, step)
             self.publish(step)
         self.saved = step if step else -1
         self._barrier()  # nobody may ask for a batch before the buffer is back at this step
@@ -177,7 +183,7 @@ class Learner:
             trajectories, lost = fetch_trajectories(mine, FETCH_TIMEOUT_S)
             self.seconds |= {"wait_s": arrived - started, "fetch_s": time.monotonic() - arrived}
             if lost:
-                self._call(self.services.buffer.report_lost, step, lost)
+                ask(self.services.buffer.report_lost, step, lost)
             if not self._worst(float(len(lost))):
                 return batch, trajectories
 
@@ -203,7 +209,7 @@ class Learner:
                 f"replaying fresh groups gives |ratio - 1| = {worst:.3g}, more than {tolerance:.3g}: sampler and"
                 " learner compute different steps (other dtype, device, library version or guidance path)"
             )
-            self._call(self.services.buffer.fail, ParityError(message))
+            ask(self.services.buffer.fail, ParityError(message))
         self._barrier()
         return self.gated
 
@@ -247,7 +253,7 @@ class Learner:
                     failure = UserError(
                         "optimizer", str(error), "lower optimizer.lr or raise sampling.trained.min_sigma"
                     )
-                    self._call(self.services.buffer.fail, failure)
+                    ask(self.services.buffer.fail, failure)
                 self._barrier()
                 return None
             if self.ema is not None:
@@ -267,26 +273,30 @@ class Learner:
 
         started = time.monotonic()
         state = self.policy.adapter_state()
-        self._call(self.services.weights.publish, version, state, checksum(state))
+        with self._failing_the_run():
+            ask(self.services.weights.publish, version, state, checksum(state))
         self.seconds["publish_s"] = time.monotonic() - started
 
     def save(self, step: int) -> None:
-        """Rank 0 writes a checkpoint unless this step has one, and commits what it covers."""
+        """Rank 0 writes a checkpoint unless this step has one, and commits what it covers. One attempt a step."""
         if self.rank == 0 and step > max(self.saved, 0):
             started = time.monotonic()
-            ledger = self._call(self.services.buffer.ledger_state, step)
-            self._call(self.services.journal.flush)
-            optimizer = self.optimizer.state() | {RNG_KEY: torch.get_rng_state().numpy()}
-            adapter = self.policy.adapter_state()
-            ema = None if self.ema is None else adapter | self.ema.state()  # with the adapter's alpha
-            checkpoint = Checkpoint(step, self.settings.fingerprint, adapter, optimizer, ledger, ema=ema)
-            save_checkpoint(self.settings.checkpoints, checkpoint, self.settings.keep_checkpoints)
-            self._call(self.services.buffer.commit, step)
+            with self._failing_the_run():
+                ledger = ask(self.services.buffer.ledger_state, step)
+                ask(self.services.journal.flush)
+                optimizer = self.optimizer.state() | {RNG_KEY: torch.get_rng_state().numpy()}
+                adapter = self.policy.adapter_state()
+                ema = None if self.ema is None else adapter | self.ema.state()  # with the adapter's alpha
+                checkpoint = Checkpoint(step, self.settings.fingerprint, adapter, optimizer, ledger, ema=ema)
+                save_checkpoint(self.settings.checkpoints, checkpoint, self.settings.keep_checkpoints)
+                ask(self.services.buffer.commit, step)
             self.seconds["checkpoint_s"] = time.monotonic() - started
         self.saved = max(self.saved, step)
 
-    def report(self, step: int, figures: dict[str, float]) -> None:
-        """Rank 0 records the figures of a finished step, without waiting for whoever keeps them."""
+    def report(self, step: int, figures: dict[str, float], tickets: Sequence[int] = ()) -> None:
+        """Rank 0 records the figures of a finished step, without waiting for whoever keeps them; in the metrics file
+        also the tickets it consumed.
+        """
         import ray
 
         if self.rank != 0:
@@ -296,7 +306,8 @@ class Learner:
         row = figures | {f"stage/{name}": seconds for name, seconds in self.seconds.items()}
         row["throughput/images_per_s"] = images / wall if wall else 0.0
         self.seconds = {}
-        append_row(self.settings.metrics_file, {"step": step} | row)
+        with self._failing_the_run():
+            append_row(self.settings.metrics_file, {"step": step, "tickets": list(tickets)} | row)
         if self._reported:
             self._reported = ray.wait(self._reported, num_returns=len(self._reported), timeout=0)[1]
         self._reported.append(self.services.buffer.report.remote(step, row))
@@ -312,10 +323,18 @@ class Learner:
 
     # -- together ------------------------------------------------------------------------------------------------------
 
-    def _call(self, method: Any, *arguments: Any) -> Any:
-        import ray
-
-        return ray.get(method.remote(*arguments), timeout=CALL_TIMEOUT_S)
+    @contextmanager
+    def _failing_the_run(self) -> Iterator[None]:
+        """A full disk, a dead service or an overdue answer ends the run by name, not this rank by a stack trace."""
+        try:
+            yield
+        except OSError as error:
+            file = error.filename or self.settings.checkpoints
+            remedy = f"free some space or correct the folder; {AGAIN} from its last checkpoint"
+            failure = StorageError(str(file), f"cannot be written ({error.strerror})", remedy)
+            ask(self.services.buffer.fail, failure)
+        except (UserError, DeadlineExceeded) as error:
+            ask(self.services.buffer.fail, error)
 
     def _worst(self, value: float) -> float:
         """The largest value of any rank."""

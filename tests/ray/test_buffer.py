@@ -86,6 +86,23 @@ def test_all_ranks_that_ask_get_the_same_batch() -> None:
     tell(story)
 
 
+def test_a_rank_that_asks_before_rank_0_has_published_waits_for_it() -> None:
+    async def story(buffer: RolloutBuffer) -> None:
+        await buffer.add_reward_worker("w", Worker())
+        await draw(buffer)
+        await draw(buffer)
+        await buffer.next_batch(0, 1.0)
+        early = asyncio.create_task(buffer.next_batch(1, 10.0))
+        await asyncio.sleep(0)
+        await buffer.set_adapter(1, ["ref"], "v1")
+        await draw(buffer)
+        await draw(buffer)
+        batch = await early
+        assert isinstance(batch, Batch) and batch.step == 1
+
+    tell(story)
+
+
 def test_a_failed_score_is_tried_again_with_another_worker_and_counts() -> None:
     async def story(buffer: RolloutBuffer) -> None:
         worker = Worker(Outcome("retryable", reason="reward_failed:ValueError"))
@@ -138,6 +155,71 @@ def test_a_dead_worker_is_not_asked_again_and_the_next_one_is_waited_for() -> No
         assert (dead.asked, alive.asked) == (1, 1)
 
     tell(story)
+
+
+def test_a_group_whose_turn_never_came_is_not_charged_for_the_hang_of_its_worker() -> None:
+    untried = Outcome("untried", reason="reward_worker_ended")
+
+    async def story(buffer: RolloutBuffer) -> None:
+        failed = Outcome("retryable", reason="reward_failed:ValueError")
+        await buffer.add_reward_worker("hung", Worker(untried))
+        drawing = asyncio.create_task(draw(buffer))
+        while buffer.scorer.workers:
+            await asyncio.sleep(0)
+        await buffer.add_reward_worker("next", Worker(failed))
+        await drawing
+        assert buffer.ledger.counts()["ready"] == 1, "one of two attempts was left"
+
+    tell(story)
+
+
+def test_a_worker_that_owes_scores_and_says_nothing_is_asked_no_more_and_listed_as_silent() -> None:
+    class Mute(Worker):
+        def remote(self, *_: Any) -> asyncio.Future[Outcome]:
+            self.asked += 1
+            return asyncio.get_running_loop().create_future()
+
+    async def story(buffer: RolloutBuffer) -> None:
+        mute, alive = Mute(), Worker()
+        await buffer.add_reward_worker("mute", mute)
+        drawing = asyncio.create_task(draw(buffer))
+        while not buffer.ledger.events["score_retried"]:
+            await asyncio.sleep(0.01)
+        assert "mute" in (await buffer.snapshot())["silent"]
+        await buffer.add_reward_worker("alive", alive)
+        await drawing
+        assert (mute.asked, alive.asked) == (1, 1)
+        await buffer.reward_worker_lost("mute")
+        assert not (await buffer.snapshot())["silent"]
+
+    tell(story, score_timeout_s=0.05)
+
+
+def test_a_slow_queue_is_no_silence() -> None:
+    class Slow(Worker):
+        """Answers one request at a time, each within the time allowed, the last one long after it was asked."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.owed: list[asyncio.Future[Outcome]] = []
+
+        def remote(self, *_: Any) -> asyncio.Future[Outcome]:
+            self.owed.append(asyncio.get_running_loop().create_future())
+            return self.owed[-1]
+
+    async def story(buffer: RolloutBuffer) -> None:
+        slow = Slow()
+        await buffer.add_reward_worker("slow", slow)
+        drawing = [asyncio.create_task(draw(buffer)) for _ in range(6)]
+        while len(slow.owed) < 6:
+            await asyncio.sleep(0)
+        for owed in slow.owed:
+            await asyncio.sleep(0.25)  # the allowance is 0.4 s of silence
+            owed.set_result(SCORED)
+        await asyncio.gather(*drawing)
+        assert not buffer.ledger.events["score_retried"] and not buffer.scorer.stuck
+
+    tell(story, groups_per_step=6, score_timeout_s=0.2)
 
 
 def test_images_lost_before_scoring_are_drawn_again_not_dropped() -> None:

@@ -1,6 +1,10 @@
 """A checkpoint is there completely or not at all, and only its own recipe goes on from it."""
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,10 +84,31 @@ def test_a_torn_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, file: s
     assert found is not None and found.step == 1
 
 
-def test_an_unfinished_write_is_not_a_checkpoint(tmp_path: Path) -> None:
+def test_an_unfinished_write_is_no_checkpoint_and_goes_with_the_next_one(tmp_path: Path) -> None:
     (tmp_path / ".step-000007.4711").mkdir()
     (tmp_path / "step-notes").mkdir()
     assert latest_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, make(8))
+    assert sorted(os.listdir(tmp_path)) == ["step-000008", "step-notes"]
+
+
+def test_a_disk_that_refuses_costs_neither_the_checkpoint_before_nor_the_room_of_the_torn_one(tmp_path: Path) -> None:
+    """In a process of its own, that the kernel lets write only small files."""
+    save_checkpoint(tmp_path, make(1))
+    program = (
+        "import resource, sys\n"
+        "from tests.unit.test_checkpoint import make, save_checkpoint\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"
+        "try:\n    save_checkpoint(sys.argv[1], make(2))\n"
+        "except OSError as error:\n    print(error.strerror)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert said.stdout == "File too large\n", said.stderr
+    assert os.listdir(tmp_path) == ["step-000001"]
+    found = latest_checkpoint(tmp_path, "recipe-a")
+    assert found is not None and found.step == 1
 
 
 def test_the_same_step_can_be_written_again(tmp_path: Path) -> None:
@@ -98,17 +123,18 @@ def test_another_recipes_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
         latest_checkpoint(tmp_path, "recipe-b")
 
 
-def test_a_checkpoint_of_another_format_is_not_guessed_at(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, make(1))
+@pytest.mark.parametrize("files", [FILES, ["state.json", "other.bin"]], ids=["same files", "other files"])
+def test_a_checkpoint_of_another_format_is_refused_and_no_older_one_is_used(tmp_path: Path, files: list[str]) -> None:
+    save_checkpoint(tmp_path, make(1))
+    path = save_checkpoint(tmp_path, make(2))
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(state | {"format": 99}))
-    import hashlib
-
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
+    (path / "other.bin").touch()
+    names = [name for name in files if name != "manifest.json"]
+    manifest = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="format 99"):
-        read_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"step-000002: has format 99, this version reads 1; .*run\.name"):
+        latest_checkpoint(tmp_path, "recipe-a")
 
 
 def test_metrics_of_steps_that_will_be_done_again_are_forgotten(tmp_path: Path) -> None:

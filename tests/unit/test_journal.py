@@ -71,6 +71,18 @@ def test_latents_that_died_with_their_sampler_do_not_cost_the_row(tmp_path: Path
     assert table["final_latents"].null_count == 1
 
 
+def test_rows_that_the_disk_refused_are_written_once_it_has_room(tmp_path: Path) -> None:
+    writer = JournalWriter(tmp_path / "journal")
+    writer.append(row(0), latents(0))
+    writer.append(row(1), None)
+    (tmp_path / "journal").rename(tmp_path / "away")
+    with pytest.raises(OSError):
+        writer.flush()
+    (tmp_path / "away").rename(tmp_path / "journal")
+    writer.flush()
+    assert read_journal(tmp_path / "journal")["ticket"].to_pylist() == [0, 1]
+
+
 def test_nothing_appended_writes_nothing(tmp_path: Path) -> None:
     assert JournalWriter(tmp_path).flush() == 0
     with pytest.raises(FileNotFoundError, match="no journal"):
