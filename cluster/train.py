@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.preflight import cpus_needed, gpus_needed, preflight
 from cluster.progress import Progress
 from cluster.runtime import init_ray
-from cluster.services import LearnerThread, Pulse, ask, end_services, roles, start_services
+from cluster.services import LearnerRoom, LearnerThread, Pulse, ask, end_services, roles, start_services
 from cluster.storage import RunFolder, write_atomic, write_json
 from cluster.supervisor import Supervisor
 from learner.checkpoint import Checkpoint, latest_checkpoint
@@ -98,7 +98,8 @@ class _Run:
         self.recipe, self.folder, self.signals, self.observe = recipe, folder, signals, observe
         self.first_step = checkpoint.step if checkpoint is not None else 0
         self.services = start_services(recipe, folder, checkpoint)
-        self.supervisor = Supervisor(roles(recipe, self.services))
+        growing = recipe.cluster.autoscaling
+        self.supervisor = Supervisor(roles(recipe, self.services), LearnerRoom(recipe), growing)
         self.learner = LearnerThread(recipe, folder, self.services)
 
     def run(self, started: float) -> RunResult:

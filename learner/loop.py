@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from learner.batches import Batch, StopTraining, batch_metrics, batch_rewards, fetch_trajectories, share
 from learner.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, read_checkpoint, save_checkpoint
@@ -42,7 +42,8 @@ class LearnerConfig(BaseModel, frozen=True, extra="forbid"):
 
     `workers` ranks; with `min_workers` fewer are enough, down to that, and Ray Train changes their number as nodes come
     and go. `labels` and `resources` choose nodes as those of samplers do (see MembersConfig). `max_failures`: how often
-    Ray Train may restart the ranks; `batch_timeout_s`: longest wait for one batch.
+    Ray Train may restart the ranks, whether they died or their node; `batch_timeout_s`: longest wait for one batch;
+    `start_timeout_s`: longest time without room for the ranks.
     """
 
     workers: int = Field(default=1, ge=1)
@@ -53,7 +54,19 @@ class LearnerConfig(BaseModel, frozen=True, extra="forbid"):
     labels: dict[str, str] = Field(default_factory=dict)
     max_failures: int = Field(default=2, ge=0)
     batch_timeout_s: float = Field(default=600.0, gt=0.0)
+    start_timeout_s: float = Field(default=600.0, gt=0.0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def fewest(self) -> int:
+        """Ranks a run needs."""
+        return self.workers if self.min_workers is None else self.min_workers
+
+    @model_validator(mode="after")
+    def _a_range(self) -> LearnerConfig:
+        if self.fewest > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) is above workers ({self.workers}): lower it")
+        return self
 
 
 @dataclass(frozen=True)
@@ -166,6 +179,7 @@ class Learner:
         import ray
 
         timeout_s = self.settings.learner.batch_timeout_s
+        self._barrier()  # nobody may ask for a batch before rank 0 has published the version it begins at
         while True:
             started = time.monotonic()
             request = self.services.buffer.next_batch.remote(step, timeout_s)
