@@ -11,9 +11,10 @@ class MembersConfig(BaseModel, frozen=True, extra="forbid"):
     """How many members a role has, what each may use, and on which nodes it may run.
 
     ``count`` members, or from ``min`` to ``max`` of them: a run begins with ``min``, grows to ``max`` as nodes join,
-    and goes on as long as ``min`` are there. ``labels`` and ``resources`` say which nodes may be used: Ray's node
-    labels ({"zone": "a"}, all must match) and custom resources ({"sampler": 1}, taken for each member).
-    ``max_restarts`` counts replacements of one member that died by itself; a lost node does not count.
+    and goes on with fewer than ``min`` for at most ``start_timeout_s``. ``labels`` and ``resources`` say which nodes
+    may be used: Ray's node labels ({"zone": "a"}; "!a", "in(a, b)" and "!in(a, b)" work too; all must match) and custom
+    resources ({"sampler": 1}, taken for each member). ``max_restarts`` counts replacements of one member that died by
+    itself; a lost node does not count.
     """
 
     count: int = Field(default=1, ge=1)
@@ -25,6 +26,7 @@ class MembersConfig(BaseModel, frozen=True, extra="forbid"):
     labels: dict[str, str] = Field(default_factory=dict)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_restarts: int = Field(default=3, ge=0)
+    start_timeout_s: float = Field(default=600.0, gt=0.0)
 
     @property
     def fewest(self) -> int:

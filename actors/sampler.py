@@ -23,6 +23,7 @@ from actors.leases import Lease, Preview, Stop
 from actors.members import MembersConfig
 from raysteer.calls import AGAIN, ask, put
 from raysteer.errors import ClusterError, DeadlineExceeded
+from raysteer.logs import log_version
 
 if TYPE_CHECKING:
     from diffusion.policy import ModelConfig
@@ -95,6 +96,7 @@ class Sampler:
 
         assert self.sampling is not None, "a sampler for evaluation only draws no groups"
         started = time.time()
+        log_version(lease.version)
         self._put_on(lease)
         ticket = lease.ticket
         rollout = sample_rollout(self.policy, ticket.prompt, ticket.seeds, self.sampling, ticket.step_seed, ticket.step)

@@ -26,6 +26,7 @@ from cluster.tickets import TicketSource, derive_seed
 from learner.batches import Batch, StopTraining
 from raysteer.calls import plain
 from raysteer.errors import DeadlineExceeded, UserError
+from raysteer.logs import log_version
 
 TICK_S = 1.0
 JOURNAL_TIMEOUT_S = 90.0  # less than the learner waits for a checkpoint's ledger, so that the journal is named
@@ -272,6 +273,7 @@ class RolloutBuffer:
         if not self._adapter:
             self.meter.take()  # what happened before anybody could draw was starting up
         self._adapter = refs
+        log_version(version)
         self._forget_returned()
         self.meter.published(checksum)
         self._notify()

@@ -19,6 +19,7 @@ from actors.reward_worker import RewardWorkersConfig
 from actors.sampler import SamplersConfig
 from cluster.buffer import BufferConfig
 from cluster.kubernetes.config import KubernetesConfig
+from cluster.layout import check_needs
 from cluster.prompts import PromptsConfig
 from cluster.recipe_yaml import (
     apply_override,
@@ -102,6 +103,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     def _cross_checks(self) -> "Recipe":
         check_batch_arithmetic(self)
         check_devices(self)
+        check_needs(self)
         check_strict(self)
         return self
 
@@ -196,16 +198,23 @@ def trained_count(recipe: Recipe) -> int:
 
 
 def check_batch_arithmetic(recipe: Recipe) -> None:
-    """Refuse groups that cannot be shared out evenly.
+    """Refuse groups that cannot be shared out evenly, and ranks that would get none.
+
+    Elastic ranks take uneven shares: each group weighs the same wherever it is learned, and the largest share is what
+    a step waits for.
 
     Raises:
         ConfigError: naming the key to change.
     """
     groups, workers, fraction = recipe.run.groups_per_step, recipe.learner.workers, recipe.prompts.unsafe_fraction
-    if groups % workers:
+    if groups % workers and recipe.learner.fewest == workers:
         nearest = max(workers, round(groups / workers) * workers)
         raise ConfigError(
             "run.groups_per_step", groups, f"it must be a multiple of learner.workers ({workers}); {nearest} would do"
+        )
+    if workers > groups:
+        raise ConfigError(
+            "learner.workers", workers, f"run.groups_per_step ({groups}) leaves some of them without work"
         )
     unsafe = groups * fraction
     if abs(unsafe - round(unsafe)) > 1e-6:

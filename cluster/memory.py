@@ -36,6 +36,7 @@ class RoleMemory:
     """One process of a role.
 
     Attributes:
+        count: most processes there may be; fewest: those a run needs, if not all.
         cpus, gpus: what it asks Ray for.
         parts: what takes its memory -> bytes (None: unknown).
         beside: bytes in main memory that a process on a GPU keeps there (offloaded text encoders).
@@ -47,6 +48,12 @@ class RoleMemory:
     gpus: float
     parts: Mapping[str, int | None]
     beside: int = 0
+    fewest: int | None = None
+
+    @property
+    def number(self) -> str:
+        """How many there may be: "4", or "2..4"."""
+        return f"{self.count}" if self.fewest in (None, self.count) else f"{self.fewest}..{self.count}"
 
     @property
     def total(self) -> int | None:
@@ -63,7 +70,7 @@ class RoleMemory:
             if size != 0
         ]
         beside = f"; {readable_bytes(self.beside)} of text encoders in main memory" if self.beside else ""
-        return self.role, f"{self.count} × {where}; {each} each: {' + '.join(parts)}{beside}"
+        return self.role, f"{self.number} × {where}; {each} each: {' + '.join(parts)}{beside}"
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,9 @@ def role_memory(recipe: Recipe, facts: PipelineFacts | None) -> tuple[RoleMemory
     ema = recipe.optimizer.ema_decay is not None
     trained = None if adapter is None else adapter * (5 if ema else 4)
 
-    def role(name: str, sizes: Any, count: int, parts: dict[str, int | None], carries: int = 0) -> RoleMemory:
+    def role(
+        name: str, sizes: Any, fewest: int, most: int, parts: dict[str, int | None], carries: int = 0
+    ) -> RoleMemory:
         beside = 0
         if carries and sizes.num_gpus:  # they visit the GPU when nothing else is at work there
             beside = carries
@@ -97,7 +106,7 @@ def role_memory(recipe: Recipe, facts: PipelineFacts | None) -> tuple[RoleMemory
         elif carries:
             parts["text encoders"] = carries
         parts["CUDA" if sizes.num_gpus else "process"] = _CUDA_PROCESS if sizes.num_gpus else _CPU_PROCESS
-        return RoleMemory(name, count, sizes.num_cpus, sizes.num_gpus, parts, beside)
+        return RoleMemory(name, most, sizes.num_cpus, sizes.num_gpus, parts, beside, fewest)
 
     away = text if recipe.model.offload_text_encoders else 0
     optimiser = "adapter, gradient, moments" + (", average" if ema else "")
@@ -105,9 +114,9 @@ def role_memory(recipe: Recipe, facts: PipelineFacts | None) -> tuple[RoleMemory
     scorer: dict[str, int | None] = {"weights": _reward_weights(recipe), "activations": _scoring(recipe, facts)}
     student: dict[str, int | None] = {"weights": weights, optimiser: trained, "activations": learning}
     return (
-        role("samplers", samplers, samplers.count, drawer, away),
-        role("reward workers", scorers, scorers.count, scorer),
-        role("learner", learner, learner.workers, student, away),
+        role("samplers", samplers, samplers.fewest, samplers.most, drawer, away),
+        role("reward workers", scorers, scorers.fewest, scorers.most, scorer),
+        role("learner", learner, learner.fewest, learner.workers, student, away),
     )
 
 
@@ -129,7 +138,7 @@ def fullest_gpu(roles: Sequence[RoleMemory]) -> GpuLoad | None:
 
 
 def main_memory(roles: Sequence[RoleMemory]) -> int | None:
-    """Bytes of all processes that compute on CPUs, and of what the others keep there; None: unknown."""
+    """Bytes of as many processes as may compute on CPUs, and of what the others keep there; None: unknown."""
     totals = [0 if role.gpus else role.total for role in roles]
     if None in totals:
         return None

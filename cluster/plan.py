@@ -4,9 +4,11 @@ Batch arithmetic confuses everyone; here it is spelt out: images per step, image
 run, who runs where, how much memory each process takes, how far samples may lag.
 """
 
+import os
 from dataclasses import dataclass
 
 from cluster.config import Recipe, trained_count
+from cluster.layout import need_of
 from cluster.memory import RoleMemory, fullest_gpu, main_memory, readable_bytes, role_memory
 from cluster.preflight import bytes_on_disk, cpus_needed, gpus_needed, latent_bytes, pipeline_facts, preflight
 from cluster.prompts import summarise
@@ -22,7 +24,8 @@ class Plan:
 
     Attributes:
         images_per_step: prompts × group_size.
-        images_per_update_per_rank: images whose gradient one learner worker sums for one optimiser update.
+        images_per_update_per_rank: images whose gradient one learner worker sums for one optimiser update, at most,
+        when all are up.
         updates: optimiser updates in the whole run.
         trained_steps: trained denoising steps per image, K.
         forwards_per_step: denoiser calls on one image for learning one batch, all ranks together (guidance doubles
@@ -69,6 +72,8 @@ class Plan:
         recipe, sampling, trained = self.recipe, self.recipe.sampling, self.recipe.sampling.trained
         others = ", the others deterministic" if sampling.mixed else ""
         groups, updates = recipe.run.groups_per_step, recipe.objective.updates_per_batch
+        fewer = recipe.learner.fewest < recipe.learner.workers
+        elastic = f" (more when fewer are up, down to {recipe.learner.fewest})" if fewer else ""
         last = sampling.steps - 1 if trained.last is None else trained.last
         benign = "safe or utility" if any(s.prompt_class == "utility" for s in recipe.prompts.sources or ()) else "safe"
         return [
@@ -85,7 +90,7 @@ class Plan:
             (
                 "one update",
                 f"{self.images_per_update_per_rank} images × {self.steps_per_update} trained steps on each of "
-                f"{recipe.learner.workers} learner workers, gradients averaged",
+                f"{recipe.learner.workers} learner workers{elastic}, gradients averaged",
             ),
             (
                 "one batch",
@@ -110,7 +115,7 @@ class Plan:
             what = "of all these together" if gpu is None else "of text encoders and of what runs on CPUs, together"
             lines.append(("main memory", f"about {readable_bytes(host)} {what}"))
         lines.append(("", "memory is an estimate, off by up to a quarter: docs/performance.md says how it was checked"))
-        lines.append(("together", f"{cpus_needed(recipe):g} CPUs and {gpus_needed(recipe):g} GPUs on {self._where()}"))
+        lines += [("together", self._together()), *self._nodes()]
         if self.object_store is not None:
             store = readable_bytes(self.object_store)
             lines.append(("object store", f"up to {store} of images and trajectories at once"))
@@ -122,9 +127,24 @@ class Plan:
             ("tracking", f"{uri}, experiment {recipe.tracking.experiment}"),
         ]
 
-    def _where(self) -> str:
-        address = self.recipe.cluster.address
-        return "this machine" if address is None else f"the cluster at {address}"
+    def _together(self) -> str:
+        recipe, address = self.recipe, self.recipe.cluster.address or os.environ.get("RAY_ADDRESS")
+        cpus, gpus = _span(cpus_needed(recipe), self._most("cpus")), _span(gpus_needed(recipe), self._most("gpus"))
+        where = "this machine" if address is None else f"the cluster at {address}; who goes where is printed on joining"
+        return f"{cpus} CPUs and {gpus} GPUs on {where}"
+
+    def _nodes(self) -> list[tuple[str, str]]:
+        """Which nodes a role may use, for those that are choosy."""
+        needs = [need_of(self.recipe, section) for section in ("samplers", "reward_workers", "learner")]
+        choosy = [f"each of {need.section} takes {need}" for need in needs if need.labels or need.resources]
+        return [("" if index else "nodes", text) for index, text in enumerate(choosy)]
+
+    def _most(self, what: str) -> float:
+        return sum(role.count * getattr(role, what) for role in self.roles)
+
+
+def _span(fewest: float, most: float) -> str:
+    return f"{fewest:g}" if fewest == most else f"{fewest:g} to {most:g}"
 
 
 def resolve(recipe: Recipe) -> Plan:
@@ -155,7 +175,7 @@ def resolve(recipe: Recipe) -> Plan:
         recipe=recipe,
         images_per_step=images,
         unsafe_groups=round(groups * recipe.prompts.unsafe_fraction),
-        images_per_update_per_rank=images // recipe.learner.workers,
+        images_per_update_per_rank=-(-groups // recipe.learner.workers) * size,
         steps_per_update=count // updates,
         updates=recipe.run.steps * updates,
         trained_steps=count,

@@ -9,8 +9,10 @@ import shutil
 from pathlib import Path
 
 from cluster.config import Recipe, load_recipe
+from cluster.layout import lay_out
 from cluster.memory import readable_bytes
 from cluster.modelfiles import PipelineFacts, cached_folder, known_pipeline, read_json, read_pipeline
+from cluster.placement import Node
 from cluster.prompts import summarise
 from cluster.runlock import RunLock, check_not_held
 from cluster.runtime import probe_address, probe_free_port, target_address
@@ -19,7 +21,7 @@ from diffusion.families.base import family_for, unsupported
 from diffusion.loading import check_parts
 from learner.checkpoint import latest_checkpoint
 from learner.objective import objective_class
-from raysteer.errors import CheckpointError, ClusterError, ConfigError, ModelError, StorageError
+from raysteer.errors import CheckpointError, ConfigError, ModelError, StorageError
 
 _RESERVE_BYTES = 200 * 2**20
 _FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -225,43 +227,31 @@ def _differences(recipe: Recipe) -> list[str]:
 
 
 def check_cluster(recipe: Recipe) -> None:
-    """Refuse an unreachable cluster, a taken port, and GPUs that this machine does not have.
+    """Refuse an unreachable cluster, a taken port, and a run that this machine has no room for.
 
     Raises:
         ClusterError: naming key and value.
     """
     address = target_address(recipe.cluster)
     if address is not None:
-        probe_address(address)  # its size is checked on joining it
+        probe_address(address)  # its nodes are looked at on joining it
         return
     if recipe.cluster.dashboard:
         probe_free_port(recipe.cluster.dashboard_port, "cluster.dashboard_port")
-    needed = gpus_needed(recipe)
-    if needed > 0:
+    gpus = 0
+    if gpus_needed(recipe) > 0:
         import torch
 
-        there = torch.cuda.device_count()
-        if needed > there:
-            raise ClusterError(
-                f"this machine with {there} GPUs",
-                f"the recipe needs {needed:g}",
-                "lower samplers, reward_workers or learner num_gpus, or set cluster.address to a larger cluster",
-            )
+        gpus = torch.cuda.device_count()
+    cpus = max(os.cpu_count() or 1, cpus_needed(recipe))
+    lay_out(recipe, [Node("", "this machine", {"CPU": cpus, "GPU": gpus})], may_grow=False)
 
 
 def gpus_needed(recipe: Recipe) -> float:
-    """GPUs of all roles together."""
-    return (
-        recipe.samplers.count * recipe.samplers.num_gpus
-        + recipe.reward_workers.count * recipe.reward_workers.num_gpus
-        + recipe.learner.workers * recipe.learner.num_gpus
-    )
+    """GPUs of all that a run begins with."""
+    return sum(role.fewest * role.num_gpus for role in (recipe.samplers, recipe.reward_workers, recipe.learner))
 
 
 def cpus_needed(recipe: Recipe) -> float:
-    """CPUs of all roles together; the service actors take none."""
-    return (
-        recipe.samplers.count * recipe.samplers.num_cpus
-        + recipe.reward_workers.count * recipe.reward_workers.num_cpus
-        + recipe.learner.workers * recipe.learner.num_cpus
-    )
+    """CPUs of all that a run begins with; the service actors take none."""
+    return sum(role.fewest * role.num_cpus for role in (recipe.samplers, recipe.reward_workers, recipe.learner))

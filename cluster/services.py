@@ -1,13 +1,14 @@
 """The actors of a run: how each is made, which are supervised, and how one asks them.
 
 Service actors (buffer, weights, journal, tracker) take no CPUs, or they could keep Ray Train from ever starting, and
-stay on the driver's machine, where the run folder is. Members (samplers, reward workers) go wherever there is room.
+stay on the driver's machine, where the run folder is. Members (samplers, reward workers) go where the supervisor finds
+room for them, learner ranks where Ray Train does.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-import re
 import threading
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from actors.reward_worker import RewardWorker
 from actors.sampler import Sampler
 from cluster.buffer import BufferSettings, RolloutBuffer
 from cluster.journal import Journal
+from cluster.layout import lay_out, need_of
+from cluster.placement import Need, live_nodes
 from cluster.prompts import load_prompts
 from cluster.storage import RunFolder
 from cluster.supervisor import Role
@@ -24,54 +27,59 @@ from cluster.tracking import Tracker
 from cluster.weights import WeightStore
 from learner.checkpoint import Checkpoint
 from learner.loop import LoopSettings, Services, train_loop
-from raysteer.errors import ClusterError, DeadlineExceeded
+from raysteer import calls
+from raysteer.errors import ClusterError
+from raysteer.logs import log_as
 
 if TYPE_CHECKING:
     from cluster.config import Recipe
 
 CALL_TIMEOUT_S = 300.0  # generous: the first call to an actor includes its start on a busy machine
 
+ask = functools.partial(calls.ask, timeout_s=CALL_TIMEOUT_S)
 logger = logging.getLogger(__name__)
 
 
-def start_actor(cls: type, *arguments: Any, num_cpus: float = 0.0, num_gpus: float = 0.0, here: bool = False) -> Any:
-    """An actor of a plain class, on this machine if `here`. Wrapped at use, so that Ray pickles the class by
-    reference.
+def start_actor(cls: type, *arguments: Any, need: Need | None = None, node: str | None = None) -> Any:
+    """An actor of a plain class that takes `need` (nothing by default), on the node with this id or anywhere `need`
+    allows. Wrapped at use, so that Ray pickles the class by reference.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
-    if here:
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        )
+    options: dict[str, Any] = {"num_cpus": 0}
+    if need is not None:
+        options = {"num_cpus": need.cpus, "num_gpus": need.gpus, "resources": dict(need.resources)}
+    if node is not None:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+    elif need is not None and need.labels:
+        options["label_selector"] = dict(need.labels)
     return ray.remote(**options)(cls).remote(*arguments)
 
 
-def ask(method: Any, *arguments: Any) -> Any:
-    """Call an actor's method and wait, but not for ever.
+def logging_as(run: str, role: str, member: str, handle: Any) -> Any:
+    """The same actor, whose log lines say who it is (as soon as its constructor is done)."""
+    handle.__ray_call__.remote(_log_as, run, role, member)
+    return handle
 
-    Raises:
-        ClusterError: its process is dead.
-        DeadlineExceeded: no answer.
-    """
-    import ray
 
-    try:
-        return ray.get(method.remote(*arguments), timeout=CALL_TIMEOUT_S)
-    except ray.exceptions.RayActorError as error:
-        named = re.search(r"class_name: (\w+)", str(error))
-        actor = named[1] if named else "a service actor"
-        raise ClusterError(actor, "its process died", "the same command continues the run") from error
-    except ray.exceptions.GetTimeoutError as error:
-        name = getattr(method, "_method_name", "an actor")
-        hint = "a service actor is not up or stuck: is the machine overloaded? see the Ray logs"
-        raise DeadlineExceeded(f"the answer to {name}()", CALL_TIMEOUT_S, hint) from error
+def _log_as(_actor: Any, run: str, role: str, member: str) -> None:
+    log_as(run, role, member)
 
 
 def start_services(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint | None) -> Services:
-    """Buffer, weight store, journal and tracker, going on from `checkpoint`."""
+    """Buffer, weight store, journal and tracker, on this node, going on from `checkpoint`.
+
+    Raises:
+        ClusterError: the cluster has no room for the run.
+    """
+    import ray
+
+    nodes = live_nodes()
+    layout = lay_out(recipe, nodes, recipe.cluster.autoscaling)
+    if len(nodes) > 1:
+        print(layout.render(), flush=True)
+    here = ray.get_runtime_context().get_node_id()
     tickets = TicketSource(
         recipe.run.seed,
         load_prompts(recipe.prompts),
@@ -92,11 +100,15 @@ def start_services(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint | N
         preview_seed=recipe.tracking.preview_seed,
     )
     ledger = dict(checkpoint.ledger) if checkpoint is not None else None
-    journal = start_actor(Journal, str(folder.journal), here=True)
-    buffer = start_actor(RolloutBuffer, settings, ledger, journal, here=True)
-    weights = start_actor(WeightStore, buffer, recipe.buffer.max_staleness + 2, here=True)
+
+    def service(cls: type, *arguments: Any) -> Any:
+        return logging_as(recipe.run.name, cls.__name__, "", start_actor(cls, *arguments, node=here))
+
+    journal = service(Journal, str(folder.journal))
+    buffer = service(RolloutBuffer, settings, ledger, journal)
+    weights = service(WeightStore, buffer, recipe.buffer.max_staleness + 2)
     tracking = (recipe.tracking, recipe.run.name, str(folder.path), recipe.flat())
-    return Services(buffer, weights, journal, start_actor(Tracker, *tracking, here=True))
+    return Services(buffer, weights, journal, service(Tracker, *tracking))
 
 
 def end_services(services: Services) -> None:
@@ -113,32 +125,41 @@ def roles(recipe: Recipe, services: Services) -> list[Role]:
     shown = recipe.evaluation if recipe.evaluation.suite is not None else recipe.sampling
     look = (shown.steps, shown.guidance_scale)  # previews look like the pictures people will compare them with
 
-    def sampler(name: str) -> Any:
-        arguments = (name, recipe.model, recipe.sampling, samplers.device, answer_timeout_s)
-        return start_actor(Sampler, *arguments, num_cpus=samplers.num_cpus, num_gpus=samplers.num_gpus)
+    drawing, scoring = need_of(recipe, "samplers"), need_of(recipe, "reward_workers")
 
-    def reward_worker(name: str) -> Any:
+    def sampler(name: str, node: str | None) -> Any:
+        arguments = (name, recipe.model, recipe.sampling, samplers.device, answer_timeout_s)
+        return logging_as(recipe.run.name, "sampler", name, start_actor(Sampler, *arguments, need=drawing, node=node))
+
+    def reward_worker(name: str, node: str | None) -> Any:
         arguments = (name, recipe.reward, workers.device, workers.batch_groups)
-        return start_actor(RewardWorker, *arguments, num_cpus=workers.num_cpus, num_gpus=workers.num_gpus)
+        actor = start_actor(RewardWorker, *arguments, need=scoring, node=node)
+        return logging_as(recipe.run.name, "reward_worker", name, actor)
 
     return [
         Role(
             "reward_worker",
-            workers.count,
+            scoring,
+            workers.fewest,
+            workers.most,
             create=reward_worker,
             run=lambda name, handle: handle.run.remote(buffer),
             stop=lambda handle: handle.stop.remote(),
             on_lost=lambda name: ask(buffer.reward_worker_lost, name),
             max_restarts=workers.max_restarts,
+            start_timeout_s=workers.start_timeout_s,
         ),
         Role(
             "sampler",
-            samplers.count,
+            drawing,
+            samplers.fewest,
+            samplers.most,
             create=sampler,
             run=lambda name, handle: handle.run.remote(buffer, services.tracker, look),
             stop=lambda handle: None,  # the buffer tells it at its next lease
             on_lost=lambda name: ask(buffer.sampler_lost, name),
             max_restarts=samplers.max_restarts,
+            start_timeout_s=samplers.start_timeout_s,
         ),
     ]
 
@@ -173,6 +194,51 @@ class Pulse:
                 logger.warning("the tracker died, MLflow gets nothing more; metrics.jsonl has everything")
 
 
+def rank_resources(recipe: Recipe) -> dict[str, float]:
+    """What one learner rank takes, as Ray Train and its placement groups write it."""
+    need = need_of(recipe, "learner")
+    return {"CPU": need.cpus} | ({"GPU": need.gpus} if need.gpus else {}) | dict(need.resources)
+
+
+class LearnerRoom:
+    """The room that the learner ranks hold and lack, as seen in Ray's placement groups.
+
+    Ray Train makes a new group of bundles, one for each rank, whenever it starts the ranks, and tells nobody. Groups
+    that were there before this run began belong to others.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        from ray.util import placement_group_table
+
+        self.need = need_of(recipe, "learner")
+        self.fewest, self.most = recipe.learner.fewest, recipe.learner.workers
+        self.start_timeout_s = recipe.learner.start_timeout_s
+        self._bundle = {name: amount for name, amount in rank_resources(recipe).items() if amount}
+        self._others = set(placement_group_table())
+
+    def look(self) -> tuple[list[str], bool]:
+        """Node of every rank that has its room, and whether a group waits for room."""
+        from ray.util import placement_group_table
+
+        held: list[str] = []
+        waits = False
+        for name, group in placement_group_table().items():
+            if name in self._others or group["state"] == "REMOVED" or not self._is_ours(group["bundles"]):
+                continue
+            if group["state"] == "CREATED":
+                held += group["bundles_to_node_id"].values()
+            else:
+                waits = True
+        return held, waits
+
+    def _is_ours(self, bundles: dict[int, dict[str, float]]) -> bool:
+        return all(
+            bundle.keys() == self._bundle.keys()
+            and all(abs(bundle[name] - amount) < 1e-3 for name, amount in self._bundle.items())
+            for bundle in bundles.values()
+        )
+
+
 class LearnerThread(threading.Thread):
     """TorchTrainer.fit, which blocks, beside the supervising main thread. `error` is what it raised."""
 
@@ -186,13 +252,16 @@ class LearnerThread(threading.Thread):
         from ray.train.torch import TorchTrainer
 
         learner = self.recipe.learner
-        resources = {"CPU": learner.num_cpus} | ({"GPU": learner.num_gpus} if learner.num_gpus else {})
+        elastic = learner.fewest < learner.workers
         try:
             TorchTrainer(
                 train_loop,
                 train_loop_config={"settings": self._settings(), "services": self.services},
                 scaling_config=ScalingConfig(
-                    num_workers=learner.workers, use_gpu=bool(learner.num_gpus), resources_per_worker=resources
+                    num_workers=(learner.fewest, learner.workers) if elastic else learner.workers,
+                    use_gpu=bool(learner.num_gpus),
+                    resources_per_worker=rank_resources(self.recipe),
+                    label_selector=dict(learner.labels) or None,
                 ),
                 run_config=RunConfig(
                     # A fresh name: resuming is by our own checkpoints, so Ray Train must not find any of its own.
@@ -207,6 +276,7 @@ class LearnerThread(threading.Thread):
     def _settings(self) -> LoopSettings:
         recipe = self.recipe
         return LoopSettings(
+            run=recipe.run.name,
             model=recipe.model,
             sampling=recipe.sampling,
             objective=recipe.objective,

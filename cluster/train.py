@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,16 +23,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.jobs import surrounding_job
+from cluster.metrics import RunMetrics
 from cluster.preflight import cpus_needed, gpus_needed, preflight
 from cluster.progress import Progress
 from cluster.runtime import init_ray
-from cluster.services import LearnerThread, Pulse, ask, end_services, roles, start_services
+from cluster.services import LearnerRoom, LearnerThread, Pulse, ask, end_services, roles, start_services
 from cluster.status import StatusWriter
 from cluster.stopping import withdraw_stop
 from cluster.storage import RunFolder, write_atomic, write_json
 from cluster.supervisor import Supervisor
 from learner.checkpoint import Checkpoint, latest_checkpoint
 from raysteer.errors import ClusterError, DeadlineExceeded
+from raysteer.logs import log_as, log_version
 
 if TYPE_CHECKING:
     from cluster.config import Recipe
@@ -74,6 +77,7 @@ def train(recipe: Recipe, observe: Observer | None = None) -> RunResult:
         DeadlineExceeded, ParityError: the run could not go on. Its last checkpoint is kept.
     """
     started = time.monotonic()
+    log_as(recipe.run.name, "driver")
     lock = preflight(recipe)
     folder = RunFolder(recipe.run_dir).create()
     if surrounding_job() is not None and _RAYS_COPIES in folder.path.parts:
@@ -94,8 +98,9 @@ def train(recipe: Recipe, observe: Observer | None = None) -> RunResult:
                 result = RunResult("finished", folder.path, folder.adapter, done, 0.0, mlflow_run_id=id_of_run)
             else:
                 write_atomic(folder.recipe, recipe.to_yaml().encode())
-                observers: list[Observer] = [status, *([observe] if observe is not None else [])]
                 with _cluster(recipe), _Signals() as signals:
+                    metrics = RunMetrics(recipe.run.name)
+                    observers: list[Observer] = [status, metrics, *([observe] if observe is not None else [])]
                     result = _Run(recipe, folder, checkpoint, signals, observers).run(started)
             status.ended(result.status, result.steps, ledger=result.ledger)
         return result
@@ -119,7 +124,8 @@ class _Run:
         self.recipe, self.folder, self.signals, self.observers = recipe, folder, signals, observers
         self.first_step = checkpoint.step if checkpoint is not None else 0
         self.services = start_services(recipe, folder, checkpoint)
-        self.supervisor = Supervisor(roles(recipe, self.services))
+        growing = recipe.cluster.autoscaling
+        self.supervisor = Supervisor(roles(recipe, self.services), LearnerRoom(recipe), growing)
         self.learner = LearnerThread(recipe, folder, self.services)
 
     def run(self, started: float) -> RunResult:
@@ -144,13 +150,9 @@ class _Run:
                     pulse.check()
                 except ClusterError as error:  # the learner is told so, writes a checkpoint if it can, and returns
                     ask(buffer.fail, error)
-                snapshot = ask(buffer.snapshot) | {"restarts": dict(self.supervisor.restarts)}
-                for figures in snapshot["reports"]:
-                    progress.on_step(figures)
-                for member_id in snapshot["silent"]:
-                    self.supervisor.kill(member_id, "it neither draws nor asks")
-                for observe in self.observers:
-                    observe(snapshot)
+                snapshot = self._look(progress)
+                for member_id, why in snapshot["silent"].items():
+                    self.supervisor.kill(member_id, why)
                 if snapshot["stop"] is None and (reason := self._asked_to_stop()):
                     progress.message(f"{reason}: a checkpoint is written, the same command continues the run")
                     ask(buffer.request_stop, reason)
@@ -162,6 +164,19 @@ class _Run:
                     ending = ending or now
                     if now - ending > patience_s:
                         raise DeadlineExceeded("the learner to end", now - ending, "it is stuck in a step: see its log")
+            self._look(progress)  # the figures of the last step
+
+    def _look(self, progress: Progress) -> dict[str, Any]:
+        """Ask the buffer how things stand, and show it to everybody who watches."""
+        members = Counter(member.slot.role.name for member in self.supervisor.members)
+        ours = {"members": members, "restarts": dict(self.supervisor.restarts)}
+        snapshot: dict[str, Any] = ask(self.services.buffer.snapshot) | ours
+        log_version(snapshot["version"])
+        for figures in snapshot["reports"]:
+            progress.on_step(figures)
+        for observe in (progress.on_snapshot, *self.observers):
+            observe(snapshot)
+        return snapshot
 
     def _asked_to_stop(self) -> str | None:
         return self.signals.received or ("raysteer stop" if self.folder.stop_request.exists() else None)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from learner.batches import Batch, StopTraining, batch_metrics, batch_rewards, fetch_trajectories, share
 from learner.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, read_checkpoint, save_checkpoint
@@ -29,6 +29,7 @@ from learner.optim import AdapterOptimizer, OptimizerConfig
 from learner.records import append_row, keep_rows_until
 from raysteer.calls import AGAIN, ask
 from raysteer.errors import DeadlineExceeded, ParityError, StorageError, UserError
+from raysteer.logs import log_as, log_version
 
 if TYPE_CHECKING:
     from diffusion.policy import ModelConfig
@@ -45,7 +46,8 @@ class LearnerConfig(BaseModel, frozen=True, extra="forbid"):
 
     `workers` ranks; with `min_workers` fewer are enough, down to that, and Ray Train changes their number as nodes come
     and go. `labels` and `resources` choose nodes as those of samplers do (see MembersConfig). `max_failures`: how often
-    Ray Train may restart the ranks; `batch_timeout_s`: longest wait for one batch.
+    Ray Train may restart the ranks, whether they died or their node; `batch_timeout_s`: longest wait for one batch;
+    `start_timeout_s`: longest time without room for the ranks.
     """
 
     workers: int = Field(default=1, ge=1)
@@ -56,7 +58,19 @@ class LearnerConfig(BaseModel, frozen=True, extra="forbid"):
     labels: dict[str, str] = Field(default_factory=dict)
     max_failures: int = Field(default=2, ge=0)
     batch_timeout_s: float = Field(default=600.0, gt=0.0)
+    start_timeout_s: float = Field(default=600.0, gt=0.0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def fewest(self) -> int:
+        """Ranks a run needs."""
+        return self.workers if self.min_workers is None else self.min_workers
+
+    @model_validator(mode="after")
+    def _a_range(self) -> LearnerConfig:
+        if self.fewest > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) is above workers ({self.workers}): lower it")
+        return self
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,7 @@ class LoopSettings:
     `mixture`: weights by part of the reward when parts are normalised before they are added, else None.
     """
 
+    run: str
     model: ModelConfig
     sampling: SamplingConfig
     objective: Any
@@ -124,6 +139,7 @@ class Learner:
         self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if self.distributed else 0
         self.world_size = dist.get_world_size() if self.distributed else 1
+        log_as(settings.run, "learner", f"rank-{self.rank}")
         device = _device(settings.learner.device)
         self.policy = DiffusionPolicy.load(settings.model, device, adapter_seed=settings.seed)
         self.stepper = self.policy.stepper(settings.sampling)
@@ -172,6 +188,7 @@ class Learner:
         import ray
 
         timeout_s = self.settings.learner.batch_timeout_s
+        self._barrier()  # nobody may ask for a batch before rank 0 has published the version it begins at
         while True:
             started = time.monotonic()
             request = self.services.buffer.next_batch.remote(step, timeout_s)
@@ -267,6 +284,7 @@ class Learner:
 
     def publish(self, version: int) -> None:
         """Rank 0 hands the adapter to the weight store and waits until it is lent."""
+        log_version(version)
         if self.rank != 0:
             return
         from diffusion.adapters import checksum

@@ -73,6 +73,7 @@ def settings_of(world: World, name: str, **changes: Any) -> LoopSettings:
     recipe, folder = world.recipe(name, **changes), world.folder / name
     folder.mkdir()
     return LoopSettings(
+        run="learner",
         model=recipe.model,
         sampling=recipe.sampling,
         objective=recipe.objective,

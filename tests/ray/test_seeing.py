@@ -141,3 +141,9 @@ def test_an_actors_log_line_is_one_json_object_that_says_who_wrote_it(ray_cluste
     assert record["message"] == f"prompt {text}"
     assert (record["run"], record["role"], record["member"], record["version"]) == (RUN, "sampler", "sampler-0", 7)
     ray_cluster.kill(talker)
+
+
+def test_a_training_sends_its_metrics_by_itself(ray_cluster: Any, watched: Watched) -> None:
+    trained = ("ray_raysteer_groups_total", frozenset({("run", RUN), ("stage", "trained")}))
+    found = wait_for("the counters of the run", lambda: scraped(ray_cluster, RUN).get(trained))
+    assert found == 8.0

@@ -1,4 +1,7 @@
-"""The supervisor notices every death, gives the replacement a new name, and gives up by naming the cause."""
+"""The supervisor notices every death, gives the replacement a new name, and gives up by naming the cause.
+
+It starts nobody where there is no room, keeps the learner's room free, and makes room when the learner waits.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from cluster.services import start_actor
+from cluster.placement import Need
+from cluster.services import LearnerRoom, start_actor
 from cluster.supervisor import Role, Supervisor
 from raysteer.errors import ClusterError
+from tests.ray.conftest import World
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(200)
 
 
 class Worker:
@@ -34,16 +39,28 @@ class Worker:
         return "done"
 
 
-def role(fates: dict[str, str], folder: Path, lost: list[str], max_restarts: int = 1) -> Role:
+def role(fates: dict[str, str], folder: Path, lost: list[str], cpus: float = 0.1, most: int = 1) -> Role:
+    need = Need("members", cpus)
     return Role(
         "member",
+        need,
         1,
-        create=lambda name: start_actor(Worker, name, fates.get(name, "lasts"), str(folder)),
+        most,
+        create=lambda name, node: start_actor(
+            Worker, name, fates.get(name, "lasts"), str(folder), need=need, node=node
+        ),
         run=lambda name, handle: handle.run.remote(),
         stop=lambda handle: (folder / "stop").touch(),
         on_lost=lost.append,
-        max_restarts=max_restarts,
+        max_restarts=1,
+        start_timeout_s=100.0,
     )
+
+
+def poll_until(supervisor: Supervisor, at_work: list[str]) -> None:
+    """Until exactly these members are at work; the test's own deadline ends it."""
+    while [member.id for member in supervisor.members if member.at_work] != at_work:
+        supervisor.poll(1.0)
 
 
 @pytest.mark.parametrize("fate", ["raises", "killed", "constructor"])
@@ -51,10 +68,8 @@ def test_a_dead_member_is_reported_and_replaced_under_a_new_name(ray_cluster: An
     lost: list[str] = []
     supervisor = Supervisor([role({"member-0": fate}, tmp_path, lost)])
     supervisor.start()
-    while not lost:
-        supervisor.poll(10.0)
+    poll_until(supervisor, ["member-0.1"])
     assert lost == ["member-0"]
-    assert [member.id for member in supervisor.members] == ["member-0.1"]
     assert supervisor.restarts == {"member": 1}
     assert supervisor.stop(30.0) == [], "the replacement ended when it was asked to"
 
@@ -75,7 +90,53 @@ def test_a_member_that_does_not_answer_is_ended_and_replaced(ray_cluster: Any, t
     supervisor = Supervisor([role({}, tmp_path, lost)])
     supervisor.start()
     supervisor.kill("member-0", "silent")
-    while not lost:
-        supervisor.poll(10.0)
+    poll_until(supervisor, ["member-0.1"])
+    assert lost == ["member-0"]
     assert supervisor.restarts == {"member": 1}
     supervisor.stop(30.0)
+
+
+def test_members_that_find_no_room_for_too_long_end_the_run_with_what_they_need(
+    ray_cluster: Any, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    hopeless = replace(role({}, tmp_path, [], cpus=1000.0), start_timeout_s=0.01)
+    supervisor = Supervisor([hopeless])
+    supervisor.start()
+    with pytest.raises(ClusterError, match=r"members: only 0 of the 1 .*one needs 1000 CPU.*members\.start_timeout_s"):
+        for _ in range(3):
+            supervisor.poll(0.1)
+
+
+def test_the_learner_keeps_its_room_and_gets_that_of_a_member_beyond_the_fewest_when_it_waits(
+    ray_cluster: Any, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    monkeypatch.setattr("cluster.supervisor.LEARNER_WAITS_S", 0.0)
+    cpus = ray_cluster.cluster_resources()["CPU"]
+    bundle = {"CPU": cpus / 2}
+    learner = LearnerRoom(world.recipe("room", learner__num_cpus=cpus / 2))
+    lost: list[str] = []
+    supervisor = Supervisor([role({}, tmp_path, lost, cpus / 4, most=4)], learner)
+    supervisor.start()
+    poll_until(supervisor, ["member-0", "member-1"])
+    assert learner.look() == ([], False)
+    supervisor.poll(0.1)
+    assert len(supervisor.members) == 2, "half of the cluster is the learner's, who has not come yet"
+
+    ranks = placement_group([bundle])
+    assert ranks.wait(60)
+    held, waits = learner.look()
+    assert (len(held), waits) == (1, False)
+    remove_placement_group(ranks)
+    stranger = start_actor(Worker, "stranger", "lasts", str(tmp_path), need=Need("others", cpus / 4))
+    ray_cluster.get(stranger.__ray_ready__.remote(), timeout=60)
+    ranks = placement_group([bundle])
+    poll_until(supervisor, ["member-0"])
+    assert lost == ["member-1"]
+    assert ranks.wait(60), "the learner has its room"
+    supervisor.stop(30.0)
+    remove_placement_group(ranks)
+    ray_cluster.kill(stranger)

@@ -1,6 +1,5 @@
 """The command line: instant help, exit codes, export, progress."""
 
-import io
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ import typer
 from typer.testing import CliRunner
 
 from cluster.cli import _reported, app
-from cluster.progress import Progress, readable_seconds
 from raysteer import __version__
 from raysteer.errors import ClusterError, DeadlineExceeded, ParityError
 from tests.conftest import RecipeFactory
@@ -129,20 +127,3 @@ def test_export_of_nothing(tmp_path: Path, make: bool) -> None:
     result = invoke("export", str(tmp_path / "run"), str(tmp_path / "out"))
     assert result.exit_code == 2
     assert not (tmp_path / "out").exists()
-
-
-def test_progress_prints_one_plain_line_a_step_outside_a_terminal() -> None:
-    stream = io.StringIO()
-    with Progress(steps=3, first=1, stream=stream) as progress:
-        progress.on_step({"step": 2, "reward/mean": 0.25, "staleness/max": 1.0})
-        progress.on_step({"reward/mean": 0.5})
-        progress.message("previews written")
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 3
-    assert lines[0].startswith("step 2/3  reward 0.25  lag 1")
-    assert lines[1].startswith("step 3/3  reward 0.5")
-    assert lines[2] == "previews written"
-
-
-def test_seconds_are_readable() -> None:
-    assert [readable_seconds(s) for s in (5, 75, 3700)] == ["5 s", "1 min 15 s", "1 h 01 min"]

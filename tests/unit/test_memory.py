@@ -8,8 +8,9 @@ import torch
 from benchmarks.memory import count
 from cluster.config import load_recipe
 from cluster.known_models import KNOWN, KnownModel
-from cluster.memory import RoleMemory, fullest_gpu, role_memory
+from cluster.memory import RoleMemory, fullest_gpu, main_memory, role_memory
 from cluster.modelfiles import known_pipeline
+from cluster.preflight import pipeline_facts
 from diffusion.families.base import family_for
 from tests.conftest import RecipeFactory
 
@@ -74,6 +75,16 @@ def test_roles_meet_on_a_gpu_as_long_as_their_shares_fit() -> None:
     assert fullest_gpu([role("samplers", 1, 0.0, 4)]) is None
     unknown = fullest_gpu([role("samplers", 1, 0.5, None)])
     assert unknown is not None and unknown.total is None
+
+
+def test_memory_is_counted_for_as_many_members_as_there_may_be(tiny_recipe: RecipeFactory) -> None:
+    def bytes_of(samplers: dict[str, int]) -> int:
+        recipe = load_recipe(tiny_recipe({"samplers": samplers}))
+        total = main_memory(role_memory(recipe, pipeline_facts(recipe)))
+        assert total is not None
+        return total
+
+    assert bytes_of({"count": 1}) < bytes_of({"count": 4}) == bytes_of({"min": 1, "max": 4})
 
 
 def test_what_costs_memory_shows_in_the_estimate(tiny_recipe: RecipeFactory) -> None:

@@ -47,6 +47,23 @@ def test_batch_arithmetic_is_spelt_out(tiny_recipe: RecipeFactory) -> None:
     assert "first as many without one (anchor proximal)" in resolve(decoupled).render()
 
 
+def test_a_range_of_members_and_choosy_roles_show_in_the_plan(tiny_recipe: RecipeFactory) -> None:
+    changes = {
+        "samplers": {"min": 2, "max": 5, "num_cpus": 1, "labels": {"zone": "a"}},
+        "learner": {"workers": 3, "min_workers": 2, "num_cpus": 1.0, "resources": {"rank": 1}},
+        "run.groups_per_step": 4,
+        "cluster": {"address": "10.0.0.5:6379"},
+    }
+    plan = resolve(load_recipe(tiny_recipe(changes)))
+    text = plan.render()
+    assert "2..5 × 1 CPU" in text and "2..3 × 1 CPU" in text
+    assert "4.1 to 8.1 CPUs and 0 GPUs on the cluster at 10.0.0.5:6379; who goes where is printed on joining" in text
+    assert "each of samplers takes 1 CPU on a node with zone=a" in text
+    assert "each of learner takes 1 CPU + 1 rank" in text
+    assert plan.images_per_update_per_rank == 4, "two of the four groups for the busiest rank"
+    assert "3 learner workers (more when fewer are up, down to 2)" in text
+
+
 def test_the_plan_says_which_noise_there_is_and_that_embedded_guidance_costs_nothing(
     tiny_recipe: RecipeFactory,
 ) -> None:
