@@ -83,14 +83,14 @@ def run_evaluation(
         raise ConfigError("evaluation.suite", None, "set it to glyphs (or pass evaluation.suite=glyphs)")
     started = time.monotonic()
     samplers = recipe.samplers
-    ray = init_ray(recipe.cluster, samplers.count * samplers.num_cpus, samplers.count * samplers.num_gpus)
+    ray = init_ray(recipe.cluster, samplers.fewest * samplers.num_cpus, samplers.fewest * samplers.num_gpus)
     prompts = glyphs.prompt_set(config)
     pool = _SamplerPool(ray, recipe)
     try:
         images: dict[str, np.ndarray] = {}
         # The base model first: a fresh sampler carries an adapter that changes nothing.
         for label in sorted(adapters, key=lambda name: adapters[name] is not None):
-            notify(f"evaluating {label}: {len(prompts.prompts)} images on {recipe.samplers.count} samplers")
+            notify(f"evaluating {label}: {len(prompts.prompts)} images on {recipe.samplers.fewest} samplers")
             images[label] = pool.generate(prompts.prompts, prompts.seeds, adapters[label])
     finally:
         pool.close()
@@ -109,7 +109,7 @@ class _SamplerPool:
         actor = ray.remote(**options)(Sampler)
         self.actors = [
             actor.remote(f"evaluation-{index}", recipe.model, None, recipe.samplers.device)
-            for index in range(recipe.samplers.count)
+            for index in range(recipe.samplers.fewest)
         ]
 
     def generate(

@@ -218,6 +218,7 @@ def _differences(recipe: Recipe) -> list[str]:
         "tracking",
         "evaluation",
         "cluster",
+        "kubernetes",
     )
     return [
         f"{key} was {earlier.get(key)!r}, is {value!r}"

@@ -19,6 +19,7 @@ from raysteer.errors import StorageError
 
 LOCK_FILE = "run.lock"
 REFRESH_S = 10.0
+LOOK_EVERY_S = 0.5
 STALE_AFTER_S = 60.0
 
 
@@ -126,7 +127,8 @@ def _read(file: Path) -> Holder | None:
 
 
 def check_not_held(run_dir: str | Path) -> None:
-    """Refuse a run that another live process is training.
+    """Refuse a run that another live process is training. One on another machine is waited for: if it lives, it gives a
+    sign of life within REFRESH_S; if its machine was lost a moment ago, its lock is stale soon.
 
     Raises:
         StorageError: naming process and host.
@@ -135,12 +137,25 @@ def check_not_held(run_dir: str | Path) -> None:
     if holder is None or holder.is_me() or not holder.alive():
         return
     here = holder.host == socket.gethostname()
+    if not here and _fell_silent(run_dir, holder):
+        return
     raise StorageError(
         str(run_dir),
         f"this run is being trained by process {holder.pid}" + ("" if here else f" on {holder.host}"),
-        f"stop that one (raysteer stop {Path(run_dir).name}), or give this one another run.name"
-        + ("" if here else f"; if that machine is gone, try again in {STALE_AFTER_S:.0f} s"),
+        f"stop that one (raysteer stop {Path(run_dir).name}), or give this one another run.name",
     )
+
+
+def _fell_silent(run_dir: str | Path, holder: Holder) -> bool:
+    while holder.alive():
+        time.sleep(LOOK_EVERY_S)
+        found = read_holder(run_dir)
+        if found is None:
+            return True
+        if found.age_s < holder.age_s or found.started != holder.started:
+            return False
+        holder = found
+    return True
 
 
 def _start_time(pid: int) -> float | None:

@@ -148,8 +148,10 @@ class _Run:
                 try:
                     self.supervisor.poll(POLL_S)
                     pulse.check()
-                except ClusterError as error:  # the learner is told so, writes a checkpoint if it can, and returns
-                    ask(buffer.fail, error)
+                except ClusterError as error:
+                    if error.subject == "learner":  # nobody is there who could write a checkpoint first
+                        raise
+                    ask(buffer.fail, error)  # the learner is told so, writes a checkpoint if it can, and returns
                 snapshot = self._look(progress)
                 for member_id, why in snapshot["silent"].items():
                     self.supervisor.kill(member_id, why)

@@ -188,7 +188,6 @@ class Learner:
         import ray
 
         timeout_s = self.settings.learner.batch_timeout_s
-        self._barrier()  # nobody may ask for a batch before rank 0 has published the version it begins at
         while True:
             started = time.monotonic()
             request = self.services.buffer.next_batch.remote(step, timeout_s)

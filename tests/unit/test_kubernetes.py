@@ -123,8 +123,10 @@ def test_one_member_fills_one_pod(tiny_recipe: RecipeFactory, asked: str, cpus: 
 
 
 def test_an_elastic_learner_gives_elastic_pods(tiny_recipe: RecipeFactory) -> None:
-    group = groups(manifests(load_recipe(tiny_recipe(), ["learner.workers=2", "learner.min_workers=1"])))["learner"]
+    elastic = ["learner.workers=2", "learner.min_workers=1", "learner.resources={learner: 1}"]
+    group = groups(manifests(load_recipe(tiny_recipe(), elastic)))["learner"]
     assert (group["minReplicas"], group["maxReplicas"]) == (1, 2)
+    assert group["resources"]["learner"] == "1", "Ray Train counts elastic ranks by it"
 
 
 def test_the_head_has_no_room_for_work(rendered: dict[str, Rendered]) -> None:

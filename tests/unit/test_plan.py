@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,13 +139,25 @@ def test_a_recycled_process_id_does_not_keep_a_lock_alive(tmp_path: Path) -> Non
     RunLock(tmp_path).release()
 
 
-def test_a_lock_of_another_host_counts_until_it_is_no_longer_refreshed(tmp_path: Path) -> None:
+def test_a_run_on_another_machine_keeps_others_out_at_its_next_sign_of_life(tmp_path: Path) -> None:
     write_lock(tmp_path, 1, "another-host", 0.0)
+    file = tmp_path / LOCK_FILE
+    past = time.time() - 5
+    os.utime(file, (past, past))
+    alive = threading.Timer(0.2, os.utime, [file])
+    alive.start()
     with pytest.raises(StorageError, match="another-host"):
         RunLock(tmp_path)
-    stale = time.time() - STALE_AFTER_S - 1
-    os.utime(tmp_path / LOCK_FILE, (stale, stale))
-    RunLock(tmp_path).release()
+    alive.join()
+
+
+def test_a_run_whose_machine_was_lost_is_waited_for_and_taken_over(tmp_path: Path) -> None:
+    write_lock(tmp_path, 1, "another-host", 0.0)
+    nearly = time.time() - STALE_AFTER_S + 1
+    os.utime(tmp_path / LOCK_FILE, (nearly, nearly))
+    with RunLock(tmp_path):
+        holder = read_holder(tmp_path)
+        assert holder is not None and holder.is_me()
 
 
 def test_a_torn_lock_is_taken_over(tmp_path: Path) -> None:
