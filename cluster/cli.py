@@ -18,6 +18,7 @@ import typer
 
 from raysteer import __version__
 from raysteer.errors import DeadlineExceeded, ParityError, UserError
+from raysteer.text import one_line
 
 app = typer.Typer(
     name="raysteer",
@@ -69,7 +70,7 @@ def _reported(command: Command) -> Command:
 
 
 def _fail(message: str, code: int) -> None:
-    typer.echo(f"raysteer: {message}", err=True)
+    typer.echo(f"raysteer: {one_line(message)}", err=True)
     raise typer.Exit(code)
 
 
@@ -367,10 +368,10 @@ def _print_table(header: list[str], lines: list[tuple[str, list[str]]]) -> None:
     for index, name in enumerate(header):
         shown.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
     for label, cells in lines:
-        shown.add_row(label, *cells)
+        shown.add_row(*(one_line(cell) for cell in (label, *cells)))
     # Outside a terminal rich would cut at 80 columns.
     width = None if sys.stdout.isatty() else max(80, 44 + 24 * len(header))
-    Console(width=width, highlight=False).print(shown)
+    Console(width=width, highlight=False, markup=False).print(shown)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-from raysteer.logs import one_line
+from raysteer.text import one_line
 
 # The figures of a step worth a column; everything else is in MLflow and metrics.jsonl.
 COLUMNS = (

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 from raysteer.errors import ConfigError
+from raysteer.text import one_line
 
 FORMAT_VARIABLE = "RAYSTEER_LOG"
 FORMATS = ("text", "json")
@@ -110,11 +111,6 @@ def log_version(version: int) -> None:
     """From now on this process's lines carry this adapter version."""
     for handler in _handlers():
         handler.identity.version = version
-
-
-def one_line(text: str) -> str:
-    """The text with line breaks, control characters and other unprintable ones escaped, as ``\\n`` or ``\\x1b``."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _handlers() -> list[_Handler]:

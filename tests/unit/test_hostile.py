@@ -25,7 +25,7 @@ from diffusion.policy import DiffusionPolicy, LoRAConfig, ModelConfig
 from evaluation.picture import before_after
 from evaluation.strip import scale_strip
 from raysteer.errors import ModelError, UserError
-from raysteer.text import printable
+from raysteer.text import one_line
 from tests.conftest import RecipeFactory
 from tests.tiny import tiny_pipeline
 
@@ -126,9 +126,8 @@ def test_a_terminal_gets_no_control_characters(text: str, tiny_recipe: RecipeFac
 
 
 def test_what_is_spelt_out_is_what_steers_or_hides() -> None:
-    assert printable("a\x1b[2Jb\u202ec\x07") == "a\\x1b[2Jb\\u202ec\\x07"
-    assert printable("grüße 日本 😀\nnext") == "grüße 日本 😀\nnext"
-    assert printable("one\ntwo", keep="") == "one\\ntwo"
+    assert one_line("a\x1b[2Jb\u202ec\x07\n") == "a\\x1b[2Jb\\u202ec\\x07\\n"
+    assert one_line("grüße 日本 😀") == "grüße 日本 😀"
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from raysteer.errors import ConfigError
-from raysteer.logs import log_as, log_version, one_line
+from raysteer.logs import log_as, log_version
 
 HOSTILE = "a cat\n2026-01-01 00:00:00 ERROR driver of night: all is lost\x1b[2J\r\u2028[bold]{"
 
@@ -93,8 +93,3 @@ def test_an_unknown_format_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RAYSTEER_LOG", "xml")
     with pytest.raises(ConfigError, match=r"RAYSTEER_LOG.*'xml'.*text or json"):
         log_as("night", "driver")
-
-
-def test_what_can_be_read_is_left_as_it_is() -> None:
-    assert one_line("Ein Häschen – 猫 [bold]") == "Ein Häschen – 猫 [bold]"
-    assert one_line("a\tb\x1b[31m") == "a\\tb\\x1b[31m"
