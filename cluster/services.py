@@ -28,7 +28,7 @@ from cluster.weights import WeightStore
 from learner.checkpoint import Checkpoint
 from learner.loop import LoopSettings, Services, train_loop
 from raysteer import calls
-from raysteer.errors import ClusterError
+from raysteer.errors import ClusterError, UserError
 from raysteer.logs import log_as
 
 if TYPE_CHECKING:
@@ -239,6 +239,15 @@ class LearnerRoom:
         )
 
 
+def _too_often(rank: int, max_failures: int, cause: Exception) -> ClusterError:
+    last = " ".join(f"{type(cause).__name__}: {cause}".split())[-300:]
+    return ClusterError(
+        f"learner rank {rank}",
+        f"failed {max_failures + 1} times; the last time: {last}",
+        f"correct the cause, or raise learner.max_failures; {calls.AGAIN}",
+    )
+
+
 class LearnerThread(threading.Thread):
     """TorchTrainer.fit, which blocks, beside the supervising main thread. `error` is what it raised."""
 
@@ -248,7 +257,7 @@ class LearnerThread(threading.Thread):
         self.error: Exception | None = None
 
     def run(self) -> None:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
         from ray.train.torch import TorchTrainer
 
         learner = self.recipe.learner
@@ -270,6 +279,11 @@ class LearnerThread(threading.Thread):
                     failure_config=FailureConfig(max_failures=learner.max_failures),
                 ),
             ).fit()
+        except WorkerGroupError as error:
+            rank, failure = next(iter(error.worker_failures.items()))
+            cause = calls.plain(failure)
+            fixable = isinstance(cause, UserError) and not isinstance(cause, ClusterError)  # what the rank itself found
+            self.error = cause if fixable else _too_often(rank, learner.max_failures, cause)
         except Exception as error:  # handed to the main thread, which raises it
             self.error = error
 

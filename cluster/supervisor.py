@@ -67,7 +67,9 @@ class Ranks(Protocol):
 
 @dataclass(eq=False)
 class Member:
-    """`node`: its id, None until an unpinned member has been placed. `located` resolves to it once it is loaded."""
+    """`node`: its id, None until an unpinned member has been placed. `located` resolves to it once it is loaded.
+    `ended_for`: why we ended it ourselves.
+    """
 
     slot: Slot
     id: str
@@ -76,6 +78,7 @@ class Member:
     running: Any
     node: str | None
     at_work: bool = False
+    ended_for: str = ""
 
 
 @dataclass(eq=False)
@@ -148,6 +151,7 @@ class Supervisor:
         for member in self.members:
             if member.id == member_id:
                 logger.warning("%s is ended: %s", member_id, reason)
+                member.ended_for = reason
                 ray.kill(member.handle)
 
     def stop(self, timeout_s: float) -> list[str]:
@@ -230,7 +234,7 @@ class Supervisor:
         if member.node not in alive:
             logger.warning("%s went with its node", member.id)
             return
-        cause = _cause(error)
+        cause = member.ended_for or _cause(error)
         logger.warning("%s died: %s", member.id, cause)
         slot.died_on.append(member.node)
         deaths = sum(node in alive for node in slot.died_on)  # a node may be known to be lost only after its members

@@ -33,7 +33,8 @@ from cluster.stopping import withdraw_stop
 from cluster.storage import RunFolder, write_atomic, write_json
 from cluster.supervisor import Supervisor
 from learner.checkpoint import Checkpoint, latest_checkpoint
-from raysteer.errors import ClusterError, DeadlineExceeded
+from raysteer.calls import AGAIN
+from raysteer.errors import ClusterError, DeadlineExceeded, StorageError
 from raysteer.logs import log_as, log_version
 
 if TYPE_CHECKING:
@@ -206,12 +207,16 @@ class _Run:
         steps = checkpoint.step if checkpoint is not None else 0
         finished = failure is None and checkpoint is not None and steps >= self.recipe.run.steps
         status = "finished" if finished else "stopped" if failure is None else "failed"
-        if finished and checkpoint is not None:
-            _export(self.recipe, self.folder, checkpoint)
         record = {"status": status, "steps": steps, "ledger": counts, "restarts": self.supervisor.restarts}
         if failure is not None:
             record["failure"] = f"{type(failure).__name__}: {failure}"
-        write_json(self.folder.ledger, record)
+        try:
+            if finished and checkpoint is not None:
+                _export(self.recipe, self.folder, checkpoint)
+            write_json(self.folder.ledger, record)
+        except OSError as error:  # a full disk must not keep the actors alive, nor hide an earlier failure
+            problem = f"cannot be written ({error.strerror})"
+            failure = failure or StorageError(str(self.folder.path), problem, f"free some space; {AGAIN}")
         self._close_tracking(status)
         end_services(self.services)
         if failure is not None:

@@ -82,6 +82,14 @@ class Scene:
         """Until the detector holds a score back: the run then waits for it."""
         yield from self.until(lambda: self.world.holding() is not None)
 
+    def settled(self) -> Story:
+        """Until a score is held back and the newest version has its checkpoint, written beside the sampling."""
+        from learner.checkpoint import checkpoint_path
+
+        yield from self.holding()
+        version = self.snapshot["version"]
+        yield from self.until(lambda: not version or checkpoint_path(self.run_dir / "checkpoints", version).exists())
+
     def strike(self, *pids: int) -> None:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -154,16 +162,22 @@ def raising_reward(scene: Scene) -> Story:
 
 def dead_service(cls: str) -> Callable[[Scene], Story]:
     def story(scene: Scene) -> Story:
-        yield from scene.holding()
+        yield from scene.settled()
         scene.strike(*scene.service(cls))
         scene.world.release()
 
     return story
 
 
+def dead_rank(scene: Scene) -> Story:
+    yield from scene.settled()
+    scene.strike(scene.snapshot["learners"][0])
+    scene.world.release()
+
+
 def full_disk(scene: Scene) -> Story:
     """The kernel refuses the learner every byte of a file beyond the first few (RLIMIT_FSIZE): no privilege needed."""
-    yield from scene.until(lambda: scene.world.holding() is not None and scene.snapshot["learners"])
+    yield from scene.settled()
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.prlimit(scene.snapshot["learners"][0], resource.RLIMIT_FSIZE, (TINY_FILE_BYTES, hard))
     scene.struck.append(time.monotonic())
@@ -176,7 +190,7 @@ def flipped_bit(scene: Scene) -> Story:
     """
     from learner.checkpoint import checkpoint_path, read_checkpoint
 
-    yield from scene.holding()
+    yield from scene.settled()
     checkpoint = read_checkpoint(checkpoint_path(scene.run_dir / "checkpoints", scene.snapshot["version"]))
     largest = max(checkpoint.adapter.values(), key=lambda array: array.nbytes)
     assert flip_in_object_store(largest.tobytes()), "the adapter is not in the object store"
@@ -284,6 +298,16 @@ STOPS = (
         dead_service("WeightStore"),
         {"hold_after": 5},
         named="(?i)weight ?store: its process died",
+    ),
+    Fault(
+        "learner-gone",
+        "SIGKILL of a learner rank more often than `learner.max_failures`",
+        "stops",
+        "stops and names the rank and how it ended",
+        dead_rank,
+        {"hold_after": 5},
+        {"learner__max_failures": 0},
+        named="learner rank 0: failed 1 times; the last time: .*died",
     ),
     Fault(
         "disk-full",
