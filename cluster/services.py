@@ -240,7 +240,8 @@ class LearnerRoom:
 
 
 def _too_often(rank: int, max_failures: int, cause: Exception) -> ClusterError:
-    last = " ".join(f"{type(cause).__name__}: {cause}".split())[-300:]
+    said = cause.problem if isinstance(cause, ClusterError) else f"{type(cause).__name__}: {cause}"
+    last = " ".join(said.split())[:300]
     return ClusterError(
         f"learner rank {rank}",
         f"failed {max_failures + 1} times; the last time: {last}",
@@ -281,7 +282,7 @@ class LearnerThread(threading.Thread):
             ).fit()
         except WorkerGroupError as error:
             rank, failure = next(iter(error.worker_failures.items()))
-            cause = calls.plain(failure)
+            cause = calls.plain(getattr(failure, "health_check_failure", failure))
             fixable = isinstance(cause, UserError) and not isinstance(cause, ClusterError)  # what the rank itself found
             self.error = cause if fixable else _too_often(rank, learner.max_failures, cause)
         except Exception as error:  # handed to the main thread, which raises it
