@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +21,10 @@ from pydantic import BaseModel, Field
 from actors.leases import Lease, Outcome, Preview, Stop, Wait
 from cluster.activity import Meter
 from cluster.ledger import Ledger, LedgerError, State
-from cluster.scoring import DrawnGroup, Scorer, as_coroutine, journal_row
-from cluster.tickets import TicketSource, derive_seed
+from cluster.previews import PreviewSchedule
+from cluster.roster import Roster
+from cluster.scoring import DrawnGroup, DropWatch, Scorer, as_coroutine, journal_row
+from cluster.tickets import TicketSource
 from learner.batches import Batch, StopTraining
 from raysteer.calls import plain
 from raysteer.errors import DeadlineExceeded, UserError
@@ -30,7 +32,6 @@ from raysteer.logs import log_version
 
 TICK_S = 1.0
 JOURNAL_TIMEOUT_S = 90.0  # less than the learner waits for a checkpoint's ledger, so that the journal is named
-DROP_WINDOW = 16  # groups; a run in which more than half of the last so many were dropped is stopped
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +59,9 @@ class BufferSettings:
     preview_prompts: tuple[str, ...] = ()
     preview_seed: int = 0
 
-
-@dataclass
-class _Sampler:
-    pid: int
-    last_heard: float = 0.0
-    groups: int = 0
-    waiting: bool = False
+    @property
+    def steps(self) -> int:
+        return self.total_groups // self.groups_per_step
 
 
 class RolloutBuffer:
@@ -85,14 +82,15 @@ class RolloutBuffer:
         self.clock = clock
         self.meter = Meter(clock, settings.tickets.group_size)
         self.scorer = Scorer(self, settings.max_attempts, settings.score_timeout_s)
+        self.samplers = Roster(clock, 2 * settings.lease_ttl_s)
+        self.drops = DropWatch(settings.groups_per_step)
+        self.previews = PreviewSchedule(
+            settings.preview_every, settings.steps, settings.preview_prompts, settings.preview_seed
+        )
         self._journal = journal
         self._drawn: dict[int, DrawnGroup] = {}
         self._adapter: list[Any] = []
         self._batch: Batch | None = None
-        self._samplers: dict[str, _Sampler] = {}
-        self._given_up: set[str] = set()
-        self._recent: deque[str] = deque(maxlen=max(DROP_WINDOW, 2 * settings.groups_per_step))
-        self._previewed: set[int] = set()
         self._journaling: list[Any] = []
         self._reports: list[dict[str, float]] = []
         self._learners: dict[int, int] = {}
@@ -106,16 +104,14 @@ class RolloutBuffer:
 
     async def lease(self, sampler_id: str, pid: int, wait_s: float) -> Lease | Preview | Wait | Stop:
         """A ticket to draw, as soon as admission allows one; `Wait` after `wait_s` seconds without."""
-        if sampler_id in self._given_up:
-            return Stop(f"{sampler_id} was given up")
-        sampler = self._samplers.setdefault(sampler_id, _Sampler(pid))
-        sampler.last_heard = self.clock()
+        sampler = self.samplers.hear(sampler_id, pid)
         deadline = self.clock() + wait_s
         while (ending := self._ending()) is None:
-            if sampler_id in self._given_up:  # died while it waited here: a lease would be lost until it expires
+            # It may have died while it waited here: a lease would be lost until it expires.
+            if sampler is None or self.samplers.is_given_up(sampler_id):
                 return Stop(f"{sampler_id} was given up")
             self._expire()
-            preview = self._preview()
+            preview = self.previews.take(self.ledger.version, self.ledger.checksum, self._adapter)
             if preview is not None:
                 return preview
             entry = self.ledger.lease(sampler_id, self.clock())
@@ -126,13 +122,10 @@ class RolloutBuffer:
                 return Lease(ticket, entry.lease_id, entry.version, entry.checksum, self._adapter, worker)
             if self.clock() >= deadline:
                 return Wait()
-            sampler.waiting = True
-            self._account()
-            try:
-                await self.wait_for_change(deadline)
-            finally:
-                sampler.waiting = False
+            with self.samplers.waits(sampler):
                 self._account()
+                await self.wait_for_change(deadline)
+            self._account()
         return Stop(ending)
 
     async def submit(
@@ -148,9 +141,8 @@ class RolloutBuffer:
 
         Answers when the group is scored or dropped; False when nobody wants it any more.
         """
-        if sampler_id in self._samplers:
-            self._samplers[sampler_id].last_heard = self.clock()
-        if sampler_id in self._given_up or not self.ledger.submitted(ticket_id, lease_id):
+        self.samplers.hear(sampler_id)
+        if self.samplers.is_given_up(sampler_id) or not self.ledger.submitted(ticket_id, lease_id):
             self._notify()
             return False
         entry = self.ledger.entries[ticket_id]
@@ -181,7 +173,7 @@ class RolloutBuffer:
             return
         group.outcome = outcome
         group.refs.pop("images", None)
-        self._recent.append("")
+        self.drops.note("")
         self.meter.scored(group.timings, outcome)
         if self._journal is not None:
             self._journaling.append(self._journal.append.remote(journal_row(group), [group.refs["trajectory"]]))
@@ -196,13 +188,10 @@ class RolloutBuffer:
         if not self.ledger.drop(group.ticket.id, group.lease_id, outcome.reason):
             return
         self._drawn.pop(group.ticket.id, None)
-        self._recent.append(outcome.reason)
         whose = f"ticket {group.ticket.id}, {group.ticket.prompt_class} prompt {group.ticket.prompt!r}"
         logger.warning("%s is dropped: %s (%s)", whose, outcome.reason, outcome.detail)
-        dropped = Counter(reason for reason in self._recent if reason)
-        if len(self._recent) >= DROP_WINDOW and dropped.total() > len(self._recent) / 2:
-            reasons = ", ".join(f"{reason} x{count}" for reason, count in dropped.most_common(3))
-            problem = f"{dropped.total()} of the last {len(self._recent)} groups were dropped ({reasons})"
+        problem = self.drops.note(outcome.reason)
+        if problem:
             await self.fail(
                 UserError("reward", f"{problem}; last: {whose}: {outcome.detail}", "correct the reward or its input")
             )
@@ -315,8 +304,7 @@ class RolloutBuffer:
 
     async def sampler_lost(self, sampler_id: str) -> list[int]:
         """This sampler is dead: what it drew and nobody consumed is drawn again (the tickets are listed)."""
-        self._given_up.add(sampler_id)
-        self._samplers.pop(sampler_id, None)
+        self.samplers.give_up(sampler_id)
         self._lost["sampler"] += 1
         gone = self.ledger.sampler_lost(sampler_id)
         self._forget_returned()
@@ -352,26 +340,20 @@ class RolloutBuffer:
         """
         self._expire()
         reports, self._reports = self._reports, []
-        now, limit_s = self.clock(), 2 * self.settings.lease_ttl_s
-        silence = {name: 0.0 if s.waiting else now - s.last_heard for name, s in self._samplers.items()}
-        mute = [name for name, silent_s in silence.items() if silent_s > limit_s]
         return {
             "version": self.ledger.version,
-            "steps": self.settings.total_groups // self.settings.groups_per_step,
+            "steps": self.settings.steps,
             "group_size": self.settings.tickets.group_size,
             "ledger": self.ledger.counts(),
             "groups": dict(self.meter.groups),
             "open": {e.ticket_id: (e.state.value, e.sampler_id) for e in self.ledger.entries.values()},
-            "oldest_lease_s": self._oldest_lease_s(),
-            "samplers": {
-                name: {"pid": s.pid, "groups": s.groups, "waiting": s.waiting, "silent_s": silence[name]}
-                for name, s in self._samplers.items()
-            },
-            "silent": dict.fromkeys(mute, "it neither draws nor asks") | self.scorer.stuck,
+            "oldest_lease_s": self.ledger.oldest_lease_s(self.clock()),
+            "samplers": self.samplers.as_dict(),
+            "silent": dict.fromkeys(self.samplers.mute(), "it neither draws nor asks") | self.scorer.stuck,
             "reward_workers": sorted(self.scorer.workers),
             "group_seconds": {
                 role: {name: seconds for name, seconds in self.meter.group_seconds[role].items() if name in there}
-                for role, there in (("sampler", self._samplers), ("reward_worker", self.scorer.workers))
+                for role, there in (("sampler", self.samplers.there), ("reward_worker", self.scorer.workers))
             },
             "lost": dict(self._lost),
             "learners": dict(self._learners),
@@ -385,17 +367,6 @@ class RolloutBuffer:
 
     def _ending(self) -> str | None:
         return str(self._failure) if self._failure is not None else self._stop
-
-    def _preview(self) -> Preview | None:
-        every, version = self.settings.preview_every, self.ledger.version
-        last = self.settings.total_groups // self.settings.groups_per_step
-        due = every and (version % every == 0 or version == last)
-        if not due or version in self._previewed or not self.ledger.checksum:
-            return None
-        self._previewed.add(version)
-        prompts = self.settings.preview_prompts
-        seeds = tuple(derive_seed(self.settings.preview_seed, "preview", i) for i in range(len(prompts)))
-        return Preview(version, self.ledger.checksum, self._adapter, prompts, seeds)
 
     def _expire(self) -> None:
         for entry in self.ledger.expire(self.clock()):
@@ -414,21 +385,16 @@ class RolloutBuffer:
         states = ("returned", "in_flight", "ready", "delivered", "committed")
         totals = {f"ledger/{name}": float(counts[name]) for name in states}
         totals["ledger/dropped"] = float(sum(counts["dropped"].values()))
-        totals["ledger/oldest_lease_s"] = self._oldest_lease_s()
+        totals["ledger/oldest_lease_s"] = self.ledger.oldest_lease_s(self.clock())
         totals |= {f"dropped/{reason}": float(count) for reason, count in counts["dropped"].items()}
         totals |= {f"lost/{role}": float(count) for role, count in self._lost.items()}
         return totals | {f"ledger/{name}": float(count) for name, count in counts["events"].items()}
-
-    def _oldest_lease_s(self) -> float:
-        now = self.clock()
-        leased = [e.leased_at for e in self.ledger.entries.values() if e.state is State.SAMPLING]
-        return now - min(leased, default=now)
 
     def _overdue(self, step: int, waited_s: float) -> DeadlineExceeded:
         pending = self.ledger.pending(self.clock())
         who = "; ".join(pending[:4]) + (f"; and {len(pending) - 4} more" if len(pending) > 4 else "")
         if not pending:
-            who = f"nothing is being drawn by the {len(self._samplers)} samplers that are there"
+            who = f"nothing is being drawn by the {len(self.samplers.there)} samplers that are there"
         if not self.scorer.workers:
             who += "; no reward worker is there"
         there = f"{self.ledger.counts()['ready']} of {self.settings.groups_per_step} groups ready"
@@ -436,9 +402,9 @@ class RolloutBuffer:
 
     def _account(self) -> None:
         states = Counter(entry.state for entry in self.ledger.entries.values())
-        idle = sum(1 for sampler in self._samplers.values() if sampler.waiting)
-        workers = len(self.scorer.workers)
-        self.meter.now(states[State.SAMPLING], states[State.SCORING], idle, len(self._samplers), workers)
+        samplers, workers = self.samplers, len(self.scorer.workers)
+        there = (samplers.waiting, len(samplers.there), workers)
+        self.meter.now(states[State.SAMPLING], states[State.SCORING], *there)
 
     def _notify(self) -> None:
         self._account()

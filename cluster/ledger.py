@@ -120,6 +120,11 @@ class Ledger:
             if e.state in IN_FLIGHT
         ]
 
+    def oldest_lease_s(self, now: float) -> float:
+        """How long ago the oldest group still being drawn was leased; 0 when none is."""
+        leased = [entry.leased_at for entry in self.entries.values() if entry.state is State.SAMPLING]
+        return now - min(leased, default=now)
+
     def may_lease(self) -> bool:
         if not self.checksum:
             return False

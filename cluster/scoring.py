@@ -7,6 +7,7 @@ its own.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ from learner.batches import Group
 
 if TYPE_CHECKING:
     from cluster.buffer import RolloutBuffer
+
+
+DROP_WINDOW = 16  # groups; a run in which more than half of the last so many were dropped is stopped
 
 
 @dataclass
@@ -70,6 +74,22 @@ def journal_row(group: DrawnGroup) -> dict[str, Any]:
         "score_s": outcome.ended - outcome.started,
         "scored_at": outcome.ended,
     }
+
+
+class DropWatch:
+    """Whether most of what was drawn lately is dropped: then the reward is at fault, not an image."""
+
+    def __init__(self, groups_per_step: int) -> None:
+        self._recent: deque[str] = deque(maxlen=max(DROP_WINDOW, 2 * groups_per_step))
+
+    def note(self, reason: str) -> str | None:
+        """A group was scored (`reason` empty) or dropped. Returns the problem, when it has become one."""
+        self._recent.append(reason)
+        dropped = Counter(reason for reason in self._recent if reason)
+        if len(self._recent) < DROP_WINDOW or dropped.total() <= len(self._recent) / 2:
+            return None
+        reasons = ", ".join(f"{reason} x{count}" for reason, count in dropped.most_common(3))
+        return f"{dropped.total()} of the last {len(self._recent)} groups were dropped ({reasons})"
 
 
 class Scorer:

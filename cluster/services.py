@@ -29,7 +29,7 @@ from learner.checkpoint import Checkpoint
 from learner.loop import LoopSettings, Services, train_loop
 from raysteer import calls
 from raysteer.errors import ClusterError, UserError
-from raysteer.logs import log_as
+from raysteer.logs import log_as_actor
 
 if TYPE_CHECKING:
     from cluster.config import Recipe
@@ -59,12 +59,8 @@ def start_actor(cls: type, *arguments: Any, need: Need | None = None, node: str 
 
 def logging_as(run: str, role: str, member: str, handle: Any) -> Any:
     """The same actor, whose log lines say who it is (as soon as its constructor is done)."""
-    handle.__ray_call__.remote(_log_as, run, role, member)
+    handle.__ray_call__.remote(log_as_actor, run, role, member)  # not from here: the import would bring torch along
     return handle
-
-
-def _log_as(_actor: Any, run: str, role: str, member: str) -> None:
-    log_as(run, role, member)
 
 
 def start_services(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint | None) -> Services:

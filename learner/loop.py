@@ -4,8 +4,8 @@ The whole loop is `train_loop`; `Learner` is what it needs on one rank. Ray Trai
 the loop then begins anew at the newest valid checkpoint of our own (a checkpoint reported to Ray Train but not yet
 polled would be lost), tells the buffer to go back there, and goes on. Everything a rank decides on alone would leave
 the others waiting in a collective call, so decisions are either functions of the batch, which all ranks share, or
-taken together (`_worst`). What rank 0 does alone for the others (publishing, checkpoints, figures) must not kill it
-half-way: when it fails, the run is failed by name, and all ranks end in order at their next batch.
+taken together (see `learner.ranks`). What rank 0 does alone for the others (publishing, checkpoints, figures) must not
+kill it half-way: when it fails, the run is failed by name, and all ranks end in order at their next batch.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from pydantic import BaseModel, Field, model_validator
 
 from learner.batches import Batch, StopTraining, batch_metrics, batch_rewards, fetch_trajectories, share
 from learner.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, read_checkpoint, save_checkpoint
 from learner.ema import AdapterEMA
 from learner.optim import AdapterOptimizer, OptimizerConfig
+from learner.ranks import Ranks, Tally
 from learner.records import append_row, keep_rows_until
 from raysteer.calls import AGAIN, ask
 from raysteer.errors import DeadlineExceeded, ParityError, StorageError, UserError
@@ -136,11 +136,10 @@ class Learner:
         from learner.objective import build_objective
 
         self.settings, self.services = settings, services
-        self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.rank = dist.get_rank() if self.distributed else 0
-        self.world_size = dist.get_world_size() if self.distributed else 1
-        log_as(settings.run, "learner", f"rank-{self.rank}")
         device = _device(settings.learner.device)
+        self.ranks = Ranks(device)
+        self.rank = self.ranks.rank
+        log_as(settings.run, "learner", f"rank-{self.rank}")
         self.policy = DiffusionPolicy.load(settings.model, device, adapter_seed=settings.seed)
         self.stepper = self.policy.stepper(settings.sampling)
         self.objective = build_objective(settings.objective)
@@ -160,7 +159,7 @@ class Learner:
         """Load the newest valid checkpoint, if any, and bring the buffer to its step. Returns the step."""
         settings = self.settings
         checkpoint = latest_checkpoint(settings.checkpoints, settings.fingerprint)
-        step = self._from_rank_0(checkpoint.step if checkpoint is not None else 0)
+        step = self.ranks.from_rank_0(checkpoint.step if checkpoint is not None else 0)
         if step and (checkpoint is None or checkpoint.step != step):
             checkpoint = read_checkpoint(checkpoint_path(settings.checkpoints, step))
         if step and checkpoint is not None:
@@ -171,14 +170,14 @@ class Learner:
             torch.set_rng_state(torch.from_numpy(np.array(checkpoint.optimizer[RNG_KEY], np.uint8)))
         else:
             torch.manual_seed(settings.seed)
-        pids = self._gather(os.getpid())
+        pids = self.ranks.gather(os.getpid())
         if self.rank == 0:
             ask(self.services.buffer.rewind, step, dict(enumerate(pids)))
             with self._failing_the_run():
                 keep_rows_until(settings.metrics_file, step)
             self.publish(step)
         self.saved = step if step else -1
-        self._barrier()  # nobody may ask for a batch before the buffer is back at this step
+        self.ranks.barrier()  # nobody may ask for a batch before the buffer is back at this step
         return step
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -195,12 +194,12 @@ class Learner:
             if isinstance(batch, StopTraining):
                 return None
             arrived = time.monotonic()
-            mine = batch.groups[share(batch.groups, self.rank, self.world_size)]
+            mine = batch.groups[share(batch.groups, self.rank, self.ranks.size)]
             trajectories, lost = fetch_trajectories(mine, FETCH_TIMEOUT_S)
             self.seconds |= {"wait_s": arrived - started, "fetch_s": time.monotonic() - arrived}
             if lost:
                 ask(self.services.buffer.report_lost, step, lost)
-            if not self._worst(float(len(lost))):
+            if not self.ranks.worst(float(len(lost))):
                 return batch, trajectories
 
     def in_parity(self, batch: Batch, trajectories: dict[int, Trajectory]) -> bool:
@@ -217,7 +216,7 @@ class Learner:
             return True
         mine = [trajectory for ticket_id, trajectory in trajectories.items() if ticket_id in fresh]
         deviations = [self.objective.parity(self.policy, self.stepper, group, guidance) for group in mine]
-        worst = self._worst(max(deviations, default=0.0))
+        worst = self.ranks.worst(max(deviations, default=0.0))
         tolerance = PARITY_SHARE * self.settings.objective.clip_range
         self.gated = worst <= tolerance
         if not self.gated and self.rank == 0:
@@ -226,16 +225,16 @@ class Learner:
                 " learner compute different steps (other dtype, device, library version or guidance path)"
             )
             ask(self.services.buffer.fail, ParityError(message))
-        self._barrier()
+        self.ranks.barrier()
         return self.gated
 
     def learn(self, batch: Batch, trajectories: dict[int, Trajectory]) -> dict[str, float] | None:
         """All updates of one batch. Returns its figures; None when the gradient was not finite (the run is failed)."""
         started = time.monotonic()
-        settings, tally = self.settings, _Tally()
+        settings, tally = self.settings, Tally()
         rewards = batch_rewards(batch.groups, settings.mixture, settings.objective.std, settings.objective.std_floor)
         advantages = self.objective.advantages(rewards)
-        mine = range(len(batch.groups))[share(batch.groups, self.rank, self.world_size)]
+        mine = range(len(batch.groups))[share(batch.groups, self.rank, self.ranks.size)]
         guidance = settings.sampling.guidance_scale
         prepared = {
             ticket_id: self.objective.prepare(self.policy, self.stepper, trajectory, guidance)
@@ -270,12 +269,12 @@ class Learner:
                         "optimizer", str(error), "lower optimizer.lr or raise sampling.trained.min_sigma"
                     )
                     ask(self.services.buffer.fail, failure)
-                self._barrier()
+                self.ranks.barrier()
                 return None
             if self.ema is not None:
                 self.ema.update()
         self.seconds["learn_s"] = time.monotonic() - started
-        figures = tally.over_ranks(self.distributed, self.policy.device)
+        figures = self.ranks.figures(tally)
         figures |= {"optimizer/grad_norm": float(np.mean(norms)), "optimizer/lr": self.optimizer.lr}
         return batch_metrics(batch) | figures | dict(batch.telemetry)
 
@@ -338,8 +337,6 @@ class Learner:
         if self._reported:
             ray.wait(self._reported, num_returns=len(self._reported), timeout=CALL_TIMEOUT_S)
 
-    # -- together ------------------------------------------------------------------------------------------------------
-
     @contextmanager
     def _failing_the_run(self) -> Iterator[None]:
         """A full disk, a dead service or an overdue answer ends the run by name, not this rank by a stack trace."""
@@ -352,64 +349,6 @@ class Learner:
             ask(self.services.buffer.fail, failure)
         except (UserError, DeadlineExceeded) as error:
             ask(self.services.buffer.fail, error)
-
-    def _worst(self, value: float) -> float:
-        """The largest value of any rank."""
-        if not self.distributed:
-            return value
-        tensor = torch.tensor([value], device=self.policy.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-        return float(tensor)
-
-    def _from_rank_0(self, value: int) -> int:
-        if not self.distributed:
-            return value
-        tensor = torch.tensor([value], device=self.policy.device)
-        dist.broadcast(tensor, 0)
-        return int(tensor)
-
-    def _gather(self, value: int) -> list[int]:
-        if not self.distributed:
-            return [value]
-        values = torch.zeros(self.world_size, dtype=torch.int64, device=self.policy.device)
-        values[self.rank] = value
-        dist.all_reduce(values)
-        return [int(value) for value in values]
-
-    def _barrier(self) -> None:
-        self._worst(0.0)
-
-
-class _Tally:
-    """Figures of the objective over (group, position) pairs, then over ranks: means, and maxima for names with
-    "max".
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.sums: dict[str, float] = {}
-        self.maxima: dict[str, float] = {}
-
-    def add(self, loss: float, stats: dict[str, float]) -> None:
-        self.count += 1
-        for name, value in (stats | {"loss": loss}).items():
-            if "max" in name:
-                self.maxima[name] = max(self.maxima.get(name, value), value)
-            else:
-                self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def over_ranks(self, distributed: bool, device: torch.device) -> dict[str, float]:
-        sums, maxima = sorted(self.sums), sorted(self.maxima)
-        total = torch.tensor([float(self.count), *(self.sums[name] for name in sums)], device=device)
-        highest = torch.tensor([0.0, *(self.maxima[name] for name in maxima)], device=device)
-        if distributed:
-            dist.all_reduce(total)
-            dist.all_reduce(highest, dist.ReduceOp.MAX)
-        means = {name: float(total[1 + i] / total[0]) for i, name in enumerate(sums)}
-        return {
-            f"objective/{name}": value
-            for name, value in (means | {name: float(highest[1 + i]) for i, name in enumerate(maxima)}).items()
-        }
 
 
 def _device(wanted: str) -> torch.device:

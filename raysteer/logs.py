@@ -107,6 +107,11 @@ def log_as(run: str, role: str, member: str = "") -> None:
     root.addHandler(_Handler(_Identity(run, role, member), form))
 
 
+def log_as_actor(_actor: object, run: str, role: str, member: str) -> None:
+    """`log_as`, as Ray's ``__ray_call__`` wants it: the actor comes first."""
+    log_as(run, role, member)
+
+
 def log_version(version: int) -> None:
     """From now on this process's lines carry this adapter version."""
     for handler in _handlers():

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from actors.leases import Lease, Outcome, Preview, Stop, Wait
-from cluster.buffer import DROP_WINDOW, BufferSettings, RolloutBuffer
+from cluster.buffer import BufferSettings, RolloutBuffer
 from cluster.prompts import PromptSet
+from cluster.scoring import DROP_WINDOW
 from cluster.tickets import TicketSource
 from learner.batches import Batch, StopTraining
 from raysteer.errors import DeadlineExceeded, UserError
