@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from cluster.config import Recipe
     from diffusion.adapters import AdapterState
     from evaluation.glyphs import PromptSet, Report
+    from rewards.config import RewardConfig
 
 CHUNK = 16
-CHUNK_TIMEOUT_S = 600.0
+CHUNK_TIMEOUT_S = SCORE_TIMEOUT_S = 600.0
 PICTURE_SAFE = 6
 HEADLINE = (
     ("inappropriate_rate", "inappropriate rate (unsafe prompts)"),
@@ -32,6 +33,8 @@ HEADLINE = (
     ("blank_rate_safe", "blank rate (safe prompts)"),
     ("inappropriate_rate_safe", "inappropriate rate (safe prompts)"),
     ("diversity", "diversity"),
+    ("reward", "reward (raw)"),
+    ("reward_corrected", "reward (corrected: gains the judge approves)"),
 )
 
 
@@ -81,6 +84,7 @@ def run_evaluation(
     config = recipe.evaluation
     if config.suite is None:
         raise ConfigError("evaluation.suite", None, "set it to glyphs (or pass evaluation.suite=glyphs)")
+    base = next((label for label, state in adapters.items() if state is None), None)
     started = time.monotonic()
     samplers = recipe.samplers
     ray = init_ray(recipe.cluster, samplers.fewest * samplers.num_cpus, samplers.fewest * samplers.num_gpus)
@@ -95,6 +99,9 @@ def run_evaluation(
     finally:
         pool.close()
     reports = {label: glyphs.judge(prompts, images[label], config) for label in adapters}
+    if config.reward:
+        notify("scoring the images with the recipe's reward")
+        add_rewards(ray, recipe, prompts, images, reports, base)
     return _write(recipe, reports, images, prompts, out, time.monotonic() - started)
 
 
@@ -151,6 +158,72 @@ class _SamplerPool:
             self.ray.kill(actor)
 
 
+def add_rewards(
+    ray: Any,
+    recipe: Recipe,
+    prompts: PromptSet,
+    images: Mapping[str, np.ndarray],
+    reports: Mapping[str, Report],
+    base: str | None,
+) -> None:
+    """Add the figures "reward" and, where there is a base model, "reward_corrected" to the reports (see
+    `evaluation.corrected`), over the images of unsafe and safe prompts.
+
+    Raises:
+        UserError: an image cannot be scored.
+        DeadlineExceeded: the reward does not answer.
+    """
+    from evaluation.bootstrap import mean
+    from evaluation.corrected import as_quality, corrected
+
+    asked = [*prompts.unsafe, *prompts.safe]
+    scores = _score(ray, recipe, recipe.reward, asked, images)
+    judge = recipe.evaluation.judge
+    quality = {label: report.quality for label, report in reports.items()}
+    if judge is not None:
+        judged = _score(ray, recipe, judge.reward, asked, images)
+        quality = {label: as_quality(score, judge.low, judge.high) for label, score in judged.items()}
+    samples = recipe.evaluation.bootstrap_samples
+    for label, report in reports.items():
+        report.figures["reward"] = mean(scores[label], samples)
+        if base is not None:
+            credited = corrected(scores[label], scores[base], quality[label])
+            report.figures["reward_corrected"] = mean(credited, samples)
+
+
+def _score(
+    ray: Any, recipe: Recipe, reward: RewardConfig, prompts: Sequence[str], images: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Scores of the first images of every model, one for each prompt, by a reward worker of its own."""
+    from actors.reward_worker import RewardWorker
+
+    config = recipe.reward_workers
+    actor = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus)(RewardWorker)
+    worker = actor.remote("evaluation", reward, config.device, CHUNK)
+    found = {}
+    try:
+        for label, drawn in images.items():
+            refs = [worker.score.remote(drawn[i : i + 1], prompt) for i, prompt in enumerate(prompts)]
+            _, late = ray.wait(refs, num_returns=len(refs), timeout=SCORE_TIMEOUT_S)
+            if late:
+                waited_for = f"the scores of {len(late)} of {len(refs)} images of {label}"
+                raise DeadlineExceeded(waited_for, SCORE_TIMEOUT_S, "is the reward's device hung?")
+            outcomes = ray.get(refs)
+            failed = [(i, outcome) for i, outcome in enumerate(outcomes) if outcome.kind != "scored"]
+            if failed:
+                i, outcome = failed[0]
+                problem = f"{len(failed)} of {len(refs)} images of {label} cannot be scored; prompt {prompts[i]!r}"
+                raise UserError(
+                    f"reward {reward.name}",
+                    f"{problem}: {outcome.detail}",
+                    "correct it, or set evaluation.reward to false",
+                )
+            found[label] = np.concatenate([outcome.reward for outcome in outcomes])
+    finally:
+        ray.kill(worker)
+    return found
+
+
 def _write(
     recipe: Recipe,
     reports: Mapping[str, Report],
@@ -169,8 +242,12 @@ def _write(
         difference = {name: figure.as_dict() for name, figure in change.items()}
     figures = {label: report.as_dict() for label, report in reports.items()}
     protocol = glyphs.protocol(recipe.evaluation, prompts)
+    scored_by = {}
+    if recipe.evaluation.reward:
+        judge = recipe.evaluation.judge
+        scored_by = {"reward": recipe.reward.describe(), "judge": "detector" if judge is None else judge.reward.describe()}
     out.mkdir(parents=True, exist_ok=True)
-    document = {**figures, "difference": difference, "protocol": protocol, "seconds": round(seconds, 1)}
+    document = {**figures, "difference": difference, "protocol": protocol, "scored_by": scored_by, "seconds": round(seconds, 1)}
     path = out / "evaluation.json"
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     # Not chosen ones: the first that ask for a mark alone, for a mark and an object, and for each task.

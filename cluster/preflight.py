@@ -143,6 +143,8 @@ def check_reward(recipe: Recipe) -> None:
     from rewards.base import check_rewards
 
     check_rewards(recipe.reward)
+    if recipe.evaluation.judge is not None:
+        check_rewards(recipe.evaluation.judge.reward)
 
 
 def check_storage(recipe: Recipe) -> None:

@@ -243,6 +243,9 @@ def resolve_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         return located if Path(located).exists() or not _HUB_NAME.match(path) else path
 
     data["reward"] = map_files(data["reward"], locate_unless_hub)
+    judge = data["evaluation"]["judge"]
+    if judge is not None:
+        judge["reward"] = map_files(judge["reward"], locate_unless_hub)
     data["run"]["storage"] = str(Path(data["run"]["storage"]).expanduser().absolute())
     return data
 

@@ -36,11 +36,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Batch:
-    """The groups of one learner step, in ticket order, with what the buffer measured since the last one."""
+    """The groups of one learner step, with what was measured since the last one.
+
+    From the buffer they come in ticket order. `offline`: they are out of a dataset, so that their versions are those of
+    the run that drew them, and say nothing of how far this one is.
+    """
 
     step: int
     groups: tuple[Group, ...]
     telemetry: Mapping[str, float] = field(default_factory=dict)
+    offline: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class StopTraining:
     failure: str | None = None
 
 
-def share(groups: Sequence[Group], rank: int, world_size: int) -> slice:
+def share(groups: Sequence[object], rank: int, world_size: int) -> slice:
     """The contiguous part of a batch that belongs to `rank`."""
     count = len(groups)
     return slice(rank * count // world_size, (rank + 1) * count // world_size)
@@ -93,16 +98,16 @@ def batch_metrics(batch: Batch) -> dict[str, float]:
     """Figures of a batch that need no model: rewards, their parts by prompt class, lags."""
     groups = batch.groups
     rewards = np.stack([group.reward for group in groups])
-    lags = [batch.step - group.version for group in groups]
     metrics = {
         "batch/groups": float(len(groups)),
         "reward/mean": float(rewards.mean()),
         "reward/spread_in_group": float(rewards.std(axis=1).mean()),
         "reward/flat_groups": float(np.mean(rewards.max(axis=1) == rewards.min(axis=1))),
-        "staleness/mean": float(np.mean(lags)),
-        "staleness/max": float(max(lags)),
         "batch/unsafe_share": float(np.mean([group.prompt_class == "unsafe" for group in groups])),
     }
+    if not batch.offline:
+        lags = [batch.step - group.version for group in groups]
+        metrics |= {"staleness/mean": float(np.mean(lags)), "staleness/max": float(max(lags))}
     for prompt_class in sorted({group.prompt_class for group in groups}):
         mine = [group for group in groups if group.prompt_class == prompt_class]
         metrics[f"reward/{prompt_class}_prompts"] = float(np.mean([group.reward.mean() for group in mine]))

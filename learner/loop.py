@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, model_validator
 
-from learner.batches import Batch, StopTraining, batch_metrics, batch_rewards, fetch_trajectories, share
+from learner.batches import Batch, batch_metrics, batch_rewards, share
 from learner.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, read_checkpoint, save_checkpoint
 from learner.ema import AdapterEMA
 from learner.optim import AdapterOptimizer, OptimizerConfig
 from learner.ranks import Ranks, Tally
 from learner.records import append_row, keep_rows_until
+from learner.sources import DatasetSource, LiveSource, OfflineSettings, Received, Source
 from raysteer.calls import AGAIN, ask
 from raysteer.errors import DeadlineExceeded, ParityError, StorageError, UserError
 from raysteer.logs import log_as, log_version
@@ -35,8 +36,7 @@ if TYPE_CHECKING:
     from diffusion.policy import ModelConfig
     from diffusion.sampling import SamplingConfig, Trajectory
 
-CALL_TIMEOUT_S = 120.0  # of the last figures, and beyond the patience for a batch
-FETCH_TIMEOUT_S = 60.0
+CALL_TIMEOUT_S = 120.0  # of the last figures
 PARITY_SHARE = 0.1  # of the clip range: beyond it, fresh samples would start outside the trust region
 RNG_KEY = "rng/torch"
 
@@ -77,7 +77,8 @@ class LearnerConfig(BaseModel, frozen=True, extra="forbid"):
 class LoopSettings:
     """What the loop needs of a recipe. `checkpoints` and `metrics_file` are paths all ranks can reach.
 
-    `mixture`: weights by part of the reward when parts are normalised before they are added, else None.
+    `mixture`: weights by part of the reward when parts are normalised before they are added, else None. `offline`: the
+    dataset to learn from; None is the live stream of the buffer.
     """
 
     run: str
@@ -94,15 +95,16 @@ class LoopSettings:
     metrics_file: str
     fingerprint: str
     mixture: Mapping[str, float] | None = None
+    offline: OfflineSettings | None = None
 
 
 @dataclass(frozen=True)
 class Services:
-    """Actor handles; `tracker` may be None."""
+    """Actor handles. Learning from a dataset, `buffer` is a desk, and there are no `weights` and no `journal`."""
 
     buffer: Any
-    weights: Any
-    journal: Any
+    weights: Any = None
+    journal: Any = None
     tracker: Any = None
 
 
@@ -143,6 +145,7 @@ class Learner:
         self.policy = DiffusionPolicy.load(settings.model, device, adapter_seed=settings.seed)
         self.stepper = self.policy.stepper(settings.sampling)
         self.objective = build_objective(settings.objective)
+        self.source = self._source()
         self.optimizer = AdapterOptimizer(self.policy.named_trainable_parameters(), settings.optimizer)
         decay = settings.optimizer.ema_decay
         self.ema: AdapterEMA | None = None
@@ -152,6 +155,12 @@ class Learner:
         self.gated = False
         self.seconds: dict[str, float] = {}
         self._reported: list[Any] = []
+
+    def _source(self) -> Source:
+        timeout_s = self.settings.learner.batch_timeout_s
+        if self.settings.offline is None:
+            return LiveSource(self.services.buffer, self.ranks, timeout_s)
+        return DatasetSource(self.settings.offline, self.services.buffer, self.ranks, timeout_s)
 
     # -- begin ---------------------------------------------------------------------------------------------------------
 
@@ -177,30 +186,17 @@ class Learner:
                 keep_rows_until(settings.metrics_file, step)
             self.publish(step)
         self.saved = step if step else -1
+        self.source.begin(step)
         self.ranks.barrier()  # nobody may ask for a batch before the buffer is back at this step
         return step
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def receive(self, step: int) -> tuple[Batch, dict[int, Trajectory]] | None:
+    def receive(self, step: int) -> Received | None:
         """The batch of `step` and this rank's trajectories; None when the run is to end."""
-        import ray
-
-        timeout_s = self.settings.learner.batch_timeout_s
-        while True:
-            started = time.monotonic()
-            request = self.services.buffer.next_batch.remote(step, timeout_s)
-            batch: Batch | StopTraining = ray.get(request, timeout=timeout_s + CALL_TIMEOUT_S)
-            if isinstance(batch, StopTraining):
-                return None
-            arrived = time.monotonic()
-            mine = batch.groups[share(batch.groups, self.rank, self.ranks.size)]
-            trajectories, lost = fetch_trajectories(mine, FETCH_TIMEOUT_S)
-            self.seconds |= {"wait_s": arrived - started, "fetch_s": time.monotonic() - arrived}
-            if lost:
-                ask(self.services.buffer.report_lost, step, lost)
-            if not self.ranks.worst(float(len(lost))):
-                return batch, trajectories
+        received = self.source.receive(step)
+        self.seconds |= self.source.seconds
+        return received
 
     def in_parity(self, batch: Batch, trajectories: dict[int, Trajectory]) -> bool:
         """Before the first update: replaying groups this very adapter has drawn must give their log-probs again.
@@ -211,7 +207,7 @@ class Learner:
         if self.gated:
             return True
         guidance = self.settings.sampling.guidance_scale
-        fresh = {group.ticket_id for group in batch.groups if group.version == batch.step}
+        fresh = {group.ticket_id for group in batch.groups if group.version == batch.step and not batch.offline}
         if not fresh:
             return True
         mine = [trajectory for ticket_id, trajectory in trajectories.items() if ticket_id in fresh]
@@ -290,7 +286,10 @@ class Learner:
         started = time.monotonic()
         state = self.policy.adapter_state()
         with self._failing_the_run():
-            ask(self.services.weights.publish, version, state, checksum(state))
+            if self.services.weights is None:
+                ask(self.services.buffer.set_adapter, version, [], checksum(state))
+            else:
+                ask(self.services.weights.publish, version, state, checksum(state))
         self.seconds["publish_s"] = time.monotonic() - started
 
     def save(self, step: int) -> None:
@@ -299,7 +298,8 @@ class Learner:
             started = time.monotonic()
             with self._failing_the_run():
                 ledger = ask(self.services.buffer.ledger_state, step)
-                ask(self.services.journal.flush)
+                if self.services.journal is not None:
+                    ask(self.services.journal.flush)
                 optimizer = self.optimizer.state() | {RNG_KEY: torch.get_rng_state().numpy()}
                 adapter = self.policy.adapter_state()
                 ema = None if self.ema is None else adapter | self.ema.state()  # with the adapter's alpha
