@@ -11,9 +11,9 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from actors.reward_worker import RewardWorkersConfig
 from actors.sampler import SamplersConfig
@@ -36,6 +36,7 @@ from cluster.tracking import TrackingConfig
 from diffusion.policy import ModelConfig
 from diffusion.sampling import SamplingConfig
 from evaluation.config import EvaluationConfig
+from learner.gdro import GDROConfig
 from learner.grpo import GRPOConfig
 from learner.loop import LearnerConfig
 from learner.optim import OptimizerConfig
@@ -80,6 +81,17 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid"):
     object_store_mb: int | None = Field(None, ge=80)
 
 
+def _objective(section: Any) -> str:
+    """Whose parameters an objective section has: those of gdro, or of grpo, which those of one's own share."""
+    name = section.get("name") if isinstance(section, Mapping) else getattr(section, "name", None)
+    return "gdro" if name == "gdro" else "grpo"
+
+
+ObjectiveConfig = Annotated[
+    Annotated[GRPOConfig, Tag("grpo")] | Annotated[GDROConfig, Tag("gdro")], Discriminator(_objective)
+]
+
+
 class Recipe(BaseModel, frozen=True, extra="forbid"):
     """Everything that decides a run. Paths are absolute once loaded (see ``load_recipe``)."""
 
@@ -87,7 +99,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     model: ModelConfig
     sampling: SamplingConfig = SamplingConfig()
     reward: RewardConfig
-    objective: GRPOConfig = GRPOConfig()
+    objective: ObjectiveConfig = GRPOConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     samplers: SamplersConfig = SamplersConfig()
     reward_workers: RewardWorkersConfig = RewardWorkersConfig()
@@ -102,6 +114,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     @model_validator(mode="after")
     def _cross_checks(self) -> "Recipe":
         check_batch_arithmetic(self)
+        check_objective(self)
         check_devices(self)
         check_needs(self)
         check_strict(self)
@@ -224,12 +237,28 @@ def check_batch_arithmetic(recipe: Recipe) -> None:
             f"it must give a whole number of unsafe groups out of run.groups_per_step ({groups}); "
             f"{round(unsafe)}/{groups} = {round(unsafe) / groups!r} would do",
         )
-    if recipe.objective.updates_per_batch > 1 and trained_count(recipe) % recipe.objective.updates_per_batch:
-        count = trained_count(recipe)
+
+
+def check_objective(recipe: Recipe) -> None:
+    """Refuse an objective that the groups of this recipe cannot serve.
+
+    Raises:
+        ConfigError: naming the key to change.
+    """
+    objective, count = recipe.objective, trained_count(recipe)
+    if isinstance(objective, GDROConfig):
+        objective.images(recipe.sampling.group_size)
+        if objective.std == "none" and recipe.reward.mix == "group":
+            raise ConfigError(
+                "objective.std",
+                objective.std,
+                "reward.mix group gives rewards without units, so tau has none: use group, batch or mixed",
+            )
+    elif objective.updates_per_batch > 1 and count % objective.updates_per_batch:
         divisors = [n for n in range(1, count + 1) if count % n == 0]
         raise ConfigError(
             "objective.updates_per_batch",
-            recipe.objective.updates_per_batch,
+            objective.updates_per_batch,
             f"it must divide the {count} trained steps (sampling.trained); one of {divisors} would do",
         )
 

@@ -18,6 +18,7 @@ from cluster.activations import Activations, decoder_bytes, denoiser_activations
 from cluster.modelfiles import PipelineFacts, count_parameters
 from diffusion.loading import is_loaded
 from diffusion.policy import decode_chunk
+from learner.gdro import GDROConfig
 from rewards.clip import clip_parameters
 
 if TYPE_CHECKING:
@@ -191,8 +192,10 @@ def _activations(recipe: Recipe, facts: PipelineFacts | None) -> tuple[int | Non
     decoded = min(drawn, decode_chunk(facts.latent_shape))
     pixels = decoder_bytes(facts.configs["vae"], facts.image_size, _element_bytes(model, facts, "vae"))
     drawing = max(drawn * halves * one.inference, decoded * pixels)
-    trained = halves if objective.train_guidance == "both" else 1
-    learning = sampling.group_size * trained * (one.checkpointed if model.gradient_checkpointing else one.training)
+    one_trained = one.checkpointed if model.gradient_checkpointing else one.training
+    if isinstance(objective, GDROConfig):  # unguided, and the reference predicts before the graph is there
+        return int(drawing), int(objective.images(sampling.group_size) * one_trained)
+    learning = sampling.group_size * (halves if objective.train_guidance == "both" else 1) * one_trained
     if objective.kl_coef:  # the reference predicts while the graph of the policy waits
         learning += sampling.group_size * halves * one.inference
     return int(drawing), int(learning)

@@ -13,6 +13,7 @@ from cluster.memory import RoleMemory, fullest_gpu, main_memory, readable_bytes,
 from cluster.preflight import bytes_on_disk, cpus_needed, gpus_needed, latent_bytes, pipeline_facts, preflight
 from cluster.prompts import summarise
 from cluster.tracking import resolve_uri
+from learner.gdro import GDROConfig
 from raysteer.errors import PromptError
 
 __all__ = ["Plan", "preflight", "resolve"]
@@ -25,7 +26,7 @@ class Plan:
     Attributes:
         images_per_step: prompts × group_size.
         images_per_update_per_rank: images whose gradient one learner worker sums for one optimiser update, at most,
-        when all are up.
+        when all are up. steps_per_update: trained steps of each, or with gdro draws.
         updates: optimiser updates in the whole run.
         trained_steps: trained denoising steps per image, K.
         forwards_per_step: denoiser calls on one image for learning one batch, all ranks together (guidance doubles
@@ -75,6 +76,8 @@ class Plan:
         fewer = recipe.learner.fewest < recipe.learner.workers
         elastic = f" (more when fewer are up, down to {recipe.learner.fewest})" if fewer else ""
         last = sampling.steps - 1 if trained.last is None else trained.last
+        gdro = isinstance(recipe.objective, GDROConfig)
+        kept = f"{self.trained_steps} of them trained ({trained.mode}, from [{trained.first}, {last})){others}"
         benign = "safe or utility" if any(s.prompt_class == "utility" for s in recipe.prompts.sources or ()) else "safe"
         return [
             (
@@ -85,18 +88,19 @@ class Plan:
             (
                 "one image",
                 f"{sampling.steps} denoising steps, {self.noise}, guidance {sampling.guidance_scale:g}; "
-                f"{self.trained_steps} of them trained ({trained.mode}, from [{trained.first}, {last})){others}",
+                f"{'the learner sees the final latents only' if gdro else kept}",
             ),
             (
                 "one update",
-                f"{self.images_per_update_per_rank} images × {self.steps_per_update} trained steps on each of "
+                f"{self.images_per_update_per_rank} images × {self.steps_per_update} "
+                f"{'draws of time and noise' if gdro else 'trained steps'} on each of "
                 f"{recipe.learner.workers} learner workers{elastic}, gradients averaged",
             ),
             (
                 "one batch",
                 f"{updates} optimiser update{'s' if updates > 1 else ''}; {self.forwards_per_step:,} denoiser passes "
                 f"with gradient{' (guidance doubles them)' if self.doubled else ''}"
-                f"{', first as many without one (anchor proximal)' if recipe.objective.replays_first else ''}",
+                f"{_without_gradient(recipe)}",
             ),
             (
                 "whole run",
@@ -143,6 +147,13 @@ class Plan:
         return sum(role.count * getattr(role, what) for role in self.roles)
 
 
+def _without_gradient(recipe: Recipe) -> str:
+    """Further denoiser passes of a batch, in words."""
+    if isinstance(recipe.objective, GDROConfig):
+        return ", as many without one (reference)"
+    return ", first as many without one (anchor proximal)" if recipe.objective.replays_first else ""
+
+
 def _span(fewest: float, most: float) -> str:
     return f"{fewest:g}" if fewest == most else f"{fewest:g} to {most:g}"
 
@@ -154,11 +165,14 @@ def resolve(recipe: Recipe) -> Plan:
         ModelError: a weights file is torn.
     """
     groups, size = recipe.run.groups_per_step, recipe.sampling.group_size
-    count, updates = trained_count(recipe), recipe.objective.updates_per_batch
+    count, objective = trained_count(recipe), recipe.objective
     facts = pipeline_facts(recipe)
     images = groups * size
-    both = recipe.sampling.guidance_scale != 1 and recipe.objective.train_guidance == "both"
-    doubled = both and not (facts is not None and facts.embedded_guidance)
+    if isinstance(objective, GDROConfig):
+        learned, visits, both = objective.images(size), objective.draws, False
+    else:
+        learned, visits, both = size, count, objective.train_guidance == "both"
+    doubled = both and recipe.sampling.guidance_scale != 1 and not (facts is not None and facts.embedded_guidance)
     flow = recipe.sampling.flow
     noise = f"eta {recipe.sampling.eta:g}"
     if facts is not None and facts.component == "transformer":
@@ -175,11 +189,11 @@ def resolve(recipe: Recipe) -> Plan:
         recipe=recipe,
         images_per_step=images,
         unsafe_groups=round(groups * recipe.prompts.unsafe_fraction),
-        images_per_update_per_rank=-(-groups // recipe.learner.workers) * size,
-        steps_per_update=count // updates,
-        updates=recipe.run.steps * updates,
+        images_per_update_per_rank=-(-groups // recipe.learner.workers) * learned,
+        steps_per_update=visits // objective.updates_per_batch,
+        updates=recipe.run.steps * objective.updates_per_batch,
         trained_steps=count,
-        forwards_per_step=images * count * (2 if doubled else 1),
+        forwards_per_step=groups * learned * visits * (2 if doubled else 1),
         doubled=doubled,
         noise=noise,
         images=images * recipe.run.steps,

@@ -20,6 +20,7 @@ from cluster.tracking import probe, resolve_uri
 from diffusion.families.base import family_for, unsupported
 from diffusion.loading import check_parts
 from learner.checkpoint import latest_checkpoint
+from learner.gdro import GDROConfig
 from learner.objective import objective_class
 from raysteer.errors import CheckpointError, ConfigError, ModelError, StorageError
 
@@ -110,7 +111,7 @@ def check_schedule(recipe: Recipe) -> None:
 
     Raises:
         ConfigError: naming the key.
-        ModelError: a schedule without densities.
+        ModelError: a schedule without densities, or for gdro a family without a forward process.
     """
     folder = Path(recipe.model.path)
     config = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -128,7 +129,9 @@ def check_schedule(recipe: Recipe) -> None:
         family.schedule(config, recipe.sampling, facts.latent_shape, deterministic=True)
     count = len(choose_trained_steps(recipe.sampling, stepper, seed=0))
     updates = recipe.objective.updates_per_batch
-    if count % updates:
+    if isinstance(recipe.objective, GDROConfig):
+        family.noising(config)
+    elif count % updates:
         raise ConfigError(
             "objective.updates_per_batch", updates, f"it must divide the {count} trained steps (sampling.trained)"
         )

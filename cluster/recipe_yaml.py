@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Discriminator, Tag, ValidationError
+from pydantic.fields import FieldInfo
 
 from raysteer.errors import ConfigError
 from rewards.config import map_files
@@ -119,7 +120,7 @@ def to_config_error(error: ValidationError, data: Mapping[str, Any], model: type
     key = _dotted(first["loc"], data, first["type"] == "missing")
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     if first["type"] == "extra_forbidden":
-        return ConfigError(key, first["input"], f"there is no such key; {_suggest(key, model)}{more}")
+        return ConfigError(key, first["input"], f"there is no such key; {_suggest(key, model, data)}{more}")
     if first["type"] == "missing":
         return ConfigError(key, None, f"add it to the recipe{more}")
     if first["type"] == "value_error":
@@ -146,9 +147,10 @@ _WORDS = {
 
 
 def _rank(item: Any) -> int:
-    """A misspelt key usually also shows as a missing one, and the misspelling is the cause; where text or a section
-    would do, pydantic complains about both, and for a section the complaint about text is beside the point."""
-    if item["type"] == "extra_forbidden":
+    """A misspelt key usually also shows as a missing one, and the misspelling is the cause; an unknown name makes
+    strangers of the keys that go with it; where text or a section would do, pydantic complains about both, and for a
+    section the complaint about text is beside the point."""
+    if item["type"] == "extra_forbidden" or (item["type"] == "value_error" and item["loc"][-1] == "name"):
         return 0
     return 2 if item["type"] == "string_type" and isinstance(item["input"], Mapping) else 1
 
@@ -167,15 +169,26 @@ def _blame(key: str, value: Any, message: str) -> tuple[str, Any]:
     return f"{key}.{inner}", here
 
 
-def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted paths of all sections and keys of a model."""
+def known_keys(model: type[BaseModel], data: Mapping[str, Any] | None = None, prefix: str = "") -> list[str]:
+    """Dotted paths of all sections and keys of a model, or of those that ``data`` may have."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         name = field.alias or name
         keys.append(prefix + name)
-        for section in _sections(field.annotation):
-            keys += known_keys(section, f"{prefix}{name}.")
+        inner = None if data is None else data.get(name)
+        inside = inner if isinstance(inner, Mapping) else None
+        for section in _sections(_chosen(field, inside)):
+            keys += known_keys(section, inside, f"{prefix}{name}.")
     return keys
+
+
+def _chosen(field: FieldInfo, data: Mapping[str, Any] | None) -> Any:
+    """What a field is: where its name chooses between several sections, the one that ``data`` has chosen."""
+    for item in field.metadata if data is not None else ():
+        if isinstance(item, Discriminator):
+            chosen: Any = item.discriminator(data) if callable(item.discriminator) else item.discriminator
+            return next(one for one in get_args(field.annotation) if Tag(chosen) in get_args(one))
+    return field.annotation
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -186,14 +199,16 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _sections(inner)
 
 
-def _suggest(key: str, model: type[BaseModel]) -> str:
+def _suggest(key: str, model: type[BaseModel], data: Mapping[str, Any]) -> str:
     """Right key nearest to a wrong one: same name elsewhere first, then similar siblings, then anything similar."""
-    keys = known_keys(model)
+    keys = known_keys(model, data)
     section, _, name = ".".join(part for part in key.split(".") if not part.isdigit()).rpartition(".")
     elsewhere = [known for known in keys if known.rpartition(".")[2] == name]
     siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == section}
     close = [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)]
     names = {known.rpartition(".")[2]: known for known in keys}
+    if key in known_keys(model):
+        return f"it goes with another {section}.name; with this one there is: {', '.join(siblings)}"
     far = [names[match] for match in difflib.get_close_matches(name, names, n=1, cutoff=0.75)]
     for candidates in (close, elsewhere, far):
         if candidates:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ from diffusion.adapters import ALPHA_SUFFIX, AdapterState
 from diffusion.conditioning import Conditioning
 from diffusion.families.base import Encoded, Family, family_for, unsupported
 from diffusion.loading import DTYPES, check_parts, part_dtypes, quiet_loading, read_index
+from diffusion.noising import Noising
 from diffusion.steps import Stepper, at_least_float32
 from raysteer.errors import ModelError
 from raysteer.import_path import is_import_path
@@ -211,19 +213,20 @@ class DiffusionPolicy:
     def predict(
         self,
         x_t: torch.Tensor,
-        timestep: float,
+        timestep: float | torch.Tensor,
         cond: Conditioning,
         guidance_scale: float,
         detach_uncond: bool = False,
     ) -> torch.Tensor:
-        """Model output [n, C, h, w] with guidance, one timestep for the batch.
+        """Model output [n, C, h, w] with guidance.
 
         Guidance is classifier-free (Ho & Salimans 2022), or an input of the denoiser where the family embeds it: then
         a prediction is one forward of the batch, and there is no unconditional half.
 
         Args:
             x_t: latents [n, C, h, w]; cast to the policy's dtype.
-            timestep: the timestep itself (``stepper.timesteps[i]``), not the step index.
+            timestep: the timestep itself (``stepper.timesteps[i]``), not the step index; a number for the whole batch,
+                or a tensor [n] with one for each latent.
             cond: n prompts from ``encode``.
             guidance_scale: without embedded guidance, 1 means no guidance and half the cost.
             detach_uncond: no gradient through the unconditional half. It then runs as a forward of its own: cheaper
@@ -240,7 +243,8 @@ class DiffusionPolicy:
                 without = self.family.denoise(x_t, timestep, empty, None)
             given = self.family.denoise(x_t, timestep, cond, None)
         else:
-            both = self.family.denoise(torch.cat([x_t, x_t]), timestep, Conditioning.cat([empty, cond]), None)
+            twice = torch.cat([timestep, timestep]) if isinstance(timestep, torch.Tensor) else timestep
+            both = self.family.denoise(torch.cat([x_t, x_t]), twice, Conditioning.cat([empty, cond]), None)
             without, given = both.chunk(2)
         without, given = at_least_float32(without), at_least_float32(given)  # guidance amplifies rounding
         return without + guidance_scale * (given - without)
@@ -258,6 +262,15 @@ class DiffusionPolicy:
     def stepper(self, sampling: SamplingConfig, deterministic: bool = False) -> Stepper:
         """The schedule of a sampling configuration, or the same times without noise."""
         return self.family.stepper(sampling, deterministic)
+
+    @cached_property
+    def noising(self) -> Noising:
+        """The forward process: how clean latents are noised, and what is to be predicted there.
+
+        Raises:
+            ModelError: the family has none.
+        """
+        return self.family.noising(self.family.pipeline.scheduler.config)
 
     # ---- adapter ------------------------------------------------------------------------------------------------
 

@@ -138,6 +138,19 @@ class Trajectory:
     final_latents: np.ndarray
     dtype: str
 
+    @classmethod
+    def of_latents(cls, prompt: str, latents: np.ndarray) -> Trajectory:
+        """A group of which only the final latents are known, float32 [G, C, h, w]: it has no trained steps.
+
+        Raises:
+            ValueError: not latents of images.
+        """
+        if latents.ndim != 4 or not len(latents):
+            raise ValueError(f"latents must be [group_size, C, h, w], got shape {latents.shape}")
+        steps = np.zeros((len(latents), 0, *latents.shape[1:]), np.float32)
+        scores = np.zeros((len(latents), 0), np.float32)
+        return cls(prompt, np.zeros(0, np.int64), steps, steps, scores, np.asarray(latents, np.float32), "float32")
+
     @property
     def group_size(self) -> int:
         """Number of images G."""

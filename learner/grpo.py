@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from diffusion.sampling import Trajectory
     from diffusion.steps import Stepper
 
+PARITY_SHARE = 0.1  # of the clip range: beyond it, fresh samples would start outside the trust region
+
 
 class GRPOConfig(BaseModel, frozen=True, extra="forbid"):
     """Parameters of the GRPO objective, or of one of your own (``name``: "module:Class").
@@ -124,15 +126,24 @@ class GRPO:
     def __init__(self, cfg: GRPOConfig) -> None:
         self.cfg = cfg
 
+    @property
+    def parity_tolerance(self) -> float:
+        """A tenth of the clip range."""
+        return PARITY_SHARE * self.cfg.clip_range
+
     def advantages(self, rewards: np.ndarray) -> np.ndarray:
         """float32 [n_groups, G] of the whole batch's rewards [n_groups, G]."""
         return group_advantages(rewards, self.cfg.std, self.cfg.std_floor, self.cfg.adv_clip)
 
+    def positions(self, trajectory: Trajectory) -> int:
+        """The trained steps."""
+        return trajectory.num_positions
+
     @torch.no_grad()
     def prepare(
-        self, policy: DiffusionPolicy, stepper: Stepper, trajectory: Trajectory, guidance_scale: float
+        self, policy: DiffusionPolicy, stepper: Stepper, trajectory: Trajectory, guidance_scale: float, seed: int
     ) -> Proximal | None:
-        """What ``loss`` has to know of the policy before the first update of a batch.
+        """What ``loss`` has to know of the policy before the first update of a batch. Nothing is drawn at random.
 
         None when it needs nothing: the anchor is the behaviour policy, or there is one update, at which the policy
         still is the proximal one.

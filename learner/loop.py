@@ -24,6 +24,7 @@ from pydantic import BaseModel, Field, model_validator
 from learner.batches import Batch, batch_metrics, batch_rewards, share
 from learner.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, read_checkpoint, save_checkpoint
 from learner.ema import AdapterEMA
+from learner.objective import build_objective, group_seed
 from learner.optim import AdapterOptimizer, OptimizerConfig
 from learner.ranks import Ranks, Tally
 from learner.records import append_row, keep_rows_until
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from diffusion.sampling import SamplingConfig, Trajectory
 
 CALL_TIMEOUT_S = 120.0  # of the last figures
-PARITY_SHARE = 0.1  # of the clip range: beyond it, fresh samples would start outside the trust region
 RNG_KEY = "rng/torch"
 
 
@@ -135,7 +135,6 @@ class Learner:
 
     def __init__(self, settings: LoopSettings, services: Services) -> None:
         from diffusion.policy import DiffusionPolicy
-        from learner.objective import build_objective
 
         self.settings, self.services = settings, services
         device = _device(settings.learner.device)
@@ -202,9 +201,10 @@ class Learner:
         """Before the first update: replaying groups this very adapter has drawn must give their log-probs again.
 
         On a mismatch the run is failed (ParityError) and False returned: training on wrong ratios is worse than
-        stopping.
+        stopping. An objective without ratios has no tolerance, and there is no gate.
         """
-        if self.gated:
+        tolerance = self.objective.parity_tolerance
+        if self.gated or tolerance is None:
             return True
         guidance = self.settings.sampling.guidance_scale
         fresh = {group.ticket_id for group in batch.groups if group.version == batch.step and not batch.offline}
@@ -213,7 +213,6 @@ class Learner:
         mine = [trajectory for ticket_id, trajectory in trajectories.items() if ticket_id in fresh]
         deviations = [self.objective.parity(self.policy, self.stepper, group, guidance) for group in mine]
         worst = self.ranks.worst(max(deviations, default=0.0))
-        tolerance = PARITY_SHARE * self.settings.objective.clip_range
         self.gated = worst <= tolerance
         if not self.gated and self.rank == 0:
             message = (
@@ -233,7 +232,9 @@ class Learner:
         mine = range(len(batch.groups))[share(batch.groups, self.rank, self.ranks.size)]
         guidance = settings.sampling.guidance_scale
         prepared = {
-            ticket_id: self.objective.prepare(self.policy, self.stepper, trajectory, guidance)
+            ticket_id: self.objective.prepare(
+                self.policy, self.stepper, trajectory, guidance, group_seed(settings.seed, batch.step, ticket_id)
+            )
             for ticket_id, trajectory in trajectories.items()
         }
         norms = []
@@ -241,7 +242,8 @@ class Learner:
             for index in mine:
                 ticket_id, lag = batch.groups[index].ticket_id, batch.step - batch.groups[index].version
                 trajectory = trajectories[ticket_id]
-                parts = np.array_split(np.arange(trajectory.num_positions), settings.objective.updates_per_batch)
+                count = self.objective.positions(trajectory)
+                parts = np.array_split(np.arange(count), settings.objective.updates_per_batch)
                 positions = [int(position) for position in parts[update]]
                 proximal_at = lag / (lag + update / settings.objective.updates_per_batch) if lag else 0.0
                 for position in positions:

@@ -2,8 +2,7 @@
 
 To add an objective: one file with a class that satisfies ``Objective`` and is constructed as ``Class(config)``, and one
 line in ``OBJECTIVES`` (or no line at all: a recipe may name ``module:Class``). It gets the ``objective`` section of the
-recipe and reads what it needs of it; ``updates_per_batch``, ``std``, ``std_floor`` and ``clip_range`` (a tenth of which
-is the tolerance of the parity gate) are also read by the loop.
+recipe and reads what it needs of it; ``updates_per_batch``, ``std`` and ``std_floor`` are also read by the loop.
 """
 
 from __future__ import annotations
@@ -25,22 +24,38 @@ if TYPE_CHECKING:
 #: name in the recipe -> "module:Class" (imported only when it is built)
 OBJECTIVES: dict[str, str] = {
     "grpo": "learner.grpo:GRPO",
+    "gdro": "learner.gdro:GDRO",
 }
 
 
 class Objective(Protocol):
-    """Turns sampled groups and their rewards into a loss. Stateless: optimiser, batching and ranks are the loop's."""
+    """Turns scored groups and their rewards into a loss. Stateless: optimiser, batching and ranks are the loop's.
+
+    Attributes:
+        parity_tolerance: the largest ``parity`` of a fresh group with which a run may begin; None: there is no gate,
+            for an objective that does not ask who drew the images.
+    """
+
+    @property
+    def parity_tolerance(self) -> float | None: ...
 
     def advantages(self, rewards: np.ndarray) -> np.ndarray:
-        """float32 [n_groups, G] of the whole batch's rewards [n_groups, G]."""
+        """float32 [n_groups, G] of the whole batch's rewards [n_groups, G]: what ``loss`` is told of them."""
+        ...
+
+    def positions(self, trajectory: Trajectory) -> int:
+        """How many losses a group has: the loop shares positions 0, 1 .. out over the updates of a batch."""
         ...
 
     def prepare(
-        self, policy: DiffusionPolicy, stepper: Stepper, trajectory: Trajectory, guidance_scale: float
+        self, policy: DiffusionPolicy, stepper: Stepper, trajectory: Trajectory, guidance_scale: float, seed: int
     ) -> Any | None:
-        """What ``loss`` has to know of the policy as it was before the first update of a batch; None for nothing.
+        """What all losses of a group need to know before the first update of a batch; None for nothing.
 
         Called once for each group of a rank, without gradient; the loop hands it back with every ``loss`` of the group.
+
+        Args:
+            seed: of all that is drawn at random for this group at this step (see ``group_seed``).
         """
         ...
 
@@ -55,7 +70,7 @@ class Objective(Protocol):
         prepared: Any | None = None,
         proximal_at: float = 0.0,
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Scalar loss of one group at some of its trained steps, and figures to log.
+        """Scalar loss of one group at some of its positions, and figures to log.
 
         The loss is a mean over images and positions, so calling it position by position and averaging is the same;
         one position is one forward, which bounds the memory. The figures have the same names on every call; those with
@@ -67,8 +82,16 @@ class Objective(Protocol):
         ...
 
     def parity(self, policy: DiffusionPolicy, stepper: Stepper, trajectory: Trajectory, guidance_scale: float) -> float:
-        """max |ratio - 1| over the group's trained steps: how far this policy is from the one that drew it."""
+        """max |ratio - 1| over the group's trained steps: how far this policy is from the one that drew it.
+
+        Not called where ``parity_tolerance`` is None.
+        """
         ...
+
+
+def group_seed(run_seed: int, step: int, ticket_id: int) -> int:
+    """The seed of one group at one step: a restarted learner, or any other rank, draws the same for it."""
+    return int(np.random.SeedSequence((run_seed, step, ticket_id)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def build_objective(cfg: Any) -> Objective:

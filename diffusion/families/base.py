@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from diffusion.conditioning import Conditioning
+from diffusion.noising import Noising
 from diffusion.steps import Stepper
 from raysteer.errors import ConfigError, ModelError
 from raysteer.import_path import load_object
@@ -81,9 +82,12 @@ class Family(Protocol):
         ...
 
     def denoise(
-        self, x_t: torch.Tensor, timestep: float, cond: Conditioning, guidance_scale: float | None
+        self, x_t: torch.Tensor, timestep: float | torch.Tensor, cond: Conditioning, guidance_scale: float | None
     ) -> torch.Tensor:
-        """Model output [n, C, h, w] for latents [n, C, h, w]. ``guidance_scale`` matters when it is embedded."""
+        """Model output [n, C, h, w] for latents [n, C, h, w]. ``guidance_scale`` matters when it is embedded.
+
+        ``timestep`` is one number for all, or [n] with one for each latent.
+        """
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -103,6 +107,11 @@ class Family(Protocol):
 
     def stepper(self, sampling: SamplingConfig, deterministic: bool = False) -> Stepper:
         """The schedule of this pipeline."""
+        ...
+
+    @staticmethod
+    def noising(scheduler_config: Mapping[str, Any]) -> Noising:
+        """The forward process of a scheduler's config (ModelError when there is none we know)."""
         ...
 
     @staticmethod
@@ -175,11 +184,30 @@ class PipelineFamily:
         return self.schedule(config, sampling, self.latent_shape, deterministic)  # type: ignore[attr-defined]
 
     @staticmethod
+    def noising(scheduler_config: Mapping[str, Any]) -> Noising:
+        """To be replaced by families that objective gdro may train."""
+        raise ModelError(
+            "model.family", "it has no forward process (noising)", "add the method, or train with another objective"
+        )
+
+    @staticmethod
     def check_guidance(embedded: bool, guidance_scale: float) -> None:
         """Classifier-free guidance takes any scale."""
 
     def _parts(self) -> Iterator[tuple[str, nn.Module]]:
         return ((name, part) for name, part in self.pipeline.components.items() if isinstance(part, nn.Module))
+
+
+def float_timesteps(timestep: float | torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+    """One float32 timestep for each latent [n], as rectified-flow transformers take them."""
+    if isinstance(timestep, torch.Tensor):
+        return timestep.to(x_t.device, torch.float32)
+    return torch.full((len(x_t),), timestep, dtype=torch.float32, device=x_t.device)
+
+
+def whole_timesteps(timestep: float | torch.Tensor) -> int | torch.Tensor:
+    """Whole timesteps, as UNets take them: one for all, or [n]."""
+    return timestep.long() if isinstance(timestep, torch.Tensor) else int(timestep)
 
 
 def family_for(pipeline_class: str, own: str | None = None) -> type[Any] | None:

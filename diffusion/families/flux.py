@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusion.conditioning import Conditioning
-from diffusion.families.base import Encoded, PipelineFamily, is_too_long, latents_on_side
+from diffusion.families.base import Encoded, PipelineFamily, float_timesteps, is_too_long, latents_on_side
 from diffusion.flow_steps import flow_sigmas, flow_stepper
+from diffusion.noising import FlowNoising, Noising
 from diffusion.steps import Stepper
 from raysteer.errors import ConfigError
 
@@ -61,7 +62,7 @@ class Flux(PipelineFamily):
         return Encoded({"embeds": embeds[0], "pooled": pooled[0]}, truncated)
 
     def denoise(
-        self, x_t: torch.Tensor, timestep: float, cond: Conditioning, guidance_scale: float | None
+        self, x_t: torch.Tensor, timestep: float | torch.Tensor, cond: Conditioning, guidance_scale: float | None
     ) -> torch.Tensor:
         n, _, h, w = x_t.shape
         guidance = None
@@ -73,7 +74,7 @@ class Flux(PipelineFamily):
         tokens = self.denoiser(
             hidden_states=pack(x_t),
             # through the latents' dtype, as the pipeline sends it: in bfloat16 that rounds
-            timestep=torch.full((n,), timestep, dtype=torch.float32, device=x_t.device).to(x_t.dtype) / 1000,
+            timestep=float_timesteps(timestep, x_t).to(x_t.dtype) / 1000,
             guidance=guidance,
             pooled_projections=cond["pooled"],
             encoder_hidden_states=cond["embeds"],
@@ -106,6 +107,10 @@ class Flux(PipelineFamily):
         times = flow_sigmas(scheduler_config, sampling.steps, tokens, sampling.shift, spacing="uniform")
         train_timesteps = int(scheduler_config.get("num_train_timesteps", 1000))
         return flow_stepper(sampling.flow, times, deterministic, train_timesteps)
+
+    @staticmethod
+    def noising(scheduler_config: Mapping[str, Any]) -> Noising:
+        return FlowNoising.from_scheduler(scheduler_config)
 
     @staticmethod
     def native_latent_shape(configs: Mapping[str, Mapping[str, Any]], resolution: int | None) -> tuple[int, int, int]:

@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusion.conditioning import Conditioning
-from diffusion.families.base import Encoded, PipelineFamily, is_too_long, latents_on_side, vae_factor
+from diffusion.families.base import (
+    Encoded,
+    PipelineFamily,
+    float_timesteps,
+    is_too_long,
+    latents_on_side,
+    vae_factor,
+)
 from diffusion.flow_steps import flow_sigmas, flow_stepper
+from diffusion.noising import FlowNoising, Noising
 from diffusion.steps import Stepper
 from raysteer.errors import ConfigError, ModelError
 
@@ -61,11 +69,11 @@ class StableDiffusion3(PipelineFamily):
         return Encoded({"embeds": embeds[0], "pooled": pooled[0]}, truncated)
 
     def denoise(
-        self, x_t: torch.Tensor, timestep: float, cond: Conditioning, guidance_scale: float | None
+        self, x_t: torch.Tensor, timestep: float | torch.Tensor, cond: Conditioning, guidance_scale: float | None
     ) -> torch.Tensor:
         return self.denoiser(
             hidden_states=x_t,
-            timestep=torch.full((len(x_t),), timestep, dtype=torch.float32, device=x_t.device),
+            timestep=float_timesteps(timestep, x_t),
             encoder_hidden_states=cond["embeds"],
             pooled_projections=cond["pooled"],
             return_dict=False,
@@ -82,6 +90,10 @@ class StableDiffusion3(PipelineFamily):
         times = flow_sigmas(scheduler_config, sampling.steps, tokens, sampling.shift)
         train_timesteps = int(scheduler_config.get("num_train_timesteps", 1000))
         return flow_stepper(sampling.flow, times, deterministic, train_timesteps)
+
+    @staticmethod
+    def noising(scheduler_config: Mapping[str, Any]) -> Noising:
+        return FlowNoising.from_scheduler(scheduler_config)
 
     @staticmethod
     def native_latent_shape(configs: Mapping[str, Mapping[str, Any]], resolution: int | None) -> tuple[int, int, int]:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusion.conditioning import Conditioning
-from diffusion.families.base import Encoded, PipelineFamily, is_too_long, square_unet_latents, vae_factor
+from diffusion.families.base import (
+    Encoded,
+    PipelineFamily,
+    is_too_long,
+    square_unet_latents,
+    vae_factor,
+    whole_timesteps,
+)
+from diffusion.noising import BetaNoising, Noising
 from diffusion.steps import DDIMEta, Stepper
 
 if TYPE_CHECKING:
@@ -57,12 +65,12 @@ class StableDiffusionXL(PipelineFamily):
         return Encoded({"embeds": embeds[0], "pooled": pooled[0], "time_ids": self._time_ids}, too_long)
 
     def denoise(
-        self, x_t: torch.Tensor, timestep: float, cond: Conditioning, guidance_scale: float | None
+        self, x_t: torch.Tensor, timestep: float | torch.Tensor, cond: Conditioning, guidance_scale: float | None
     ) -> torch.Tensor:
         added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
         return self.denoiser(
             x_t,
-            int(timestep),
+            whole_timesteps(timestep),
             encoder_hidden_states=cond["embeds"],
             added_cond_kwargs=added,
             return_dict=False,
@@ -86,6 +94,10 @@ class StableDiffusionXL(PipelineFamily):
     ) -> Stepper:
         eta = 0.0 if deterministic else sampling.eta
         return DDIMEta.from_scheduler(as_loaded(scheduler_config), sampling.steps, eta)
+
+    @staticmethod
+    def noising(scheduler_config: Mapping[str, Any]) -> Noising:
+        return BetaNoising.from_scheduler(as_loaded(scheduler_config))
 
     @staticmethod
     def native_latent_shape(configs: Mapping[str, Mapping[str, Any]], resolution: int | None) -> tuple[int, int, int]:

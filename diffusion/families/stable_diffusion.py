@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusion.conditioning import Conditioning
-from diffusion.families.base import Encoded, PipelineFamily, is_too_long, square_unet_latents
+from diffusion.families.base import Encoded, PipelineFamily, is_too_long, square_unet_latents, whole_timesteps
+from diffusion.noising import BetaNoising, Noising
 from diffusion.steps import DDIMEta, Stepper
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ class StableDiffusion(PipelineFamily):
         return Encoded({"embeds": embeds[0]}, is_too_long(self.pipeline.tokenizer, prompt))
 
     def denoise(
-        self, x_t: torch.Tensor, timestep: float, cond: Conditioning, guidance_scale: float | None
+        self, x_t: torch.Tensor, timestep: float | torch.Tensor, cond: Conditioning, guidance_scale: float | None
     ) -> torch.Tensor:
-        return self.denoiser(x_t, int(timestep), encoder_hidden_states=cond["embeds"], return_dict=False)[0]
+        return self.denoiser(x_t, whole_timesteps(timestep), encoder_hidden_states=cond["embeds"], return_dict=False)[0]
 
     @staticmethod
     def schedule(
@@ -51,13 +52,23 @@ class StableDiffusion(PipelineFamily):
         latent_shape: tuple[int, int, int],
         deterministic: bool = False,
     ) -> Stepper:
-        # StableDiffusionPipeline overrides these two in any config it loads. A value it puts in place of a default is
-        # still listed as a default, and from_config would drop it again: hence no list.
-        defaults = ("_use_default_values", *scheduler_config.get("_use_default_values", ()))
-        given = {key: value for key, value in scheduler_config.items() if key not in defaults}
+        # StableDiffusionPipeline overrides these two in any config it loads.
+        given = without_defaults(scheduler_config) | {"clip_sample": False, "steps_offset": 1}
         eta = 0.0 if deterministic else sampling.eta
-        return DDIMEta.from_scheduler(given | {"clip_sample": False, "steps_offset": 1}, sampling.steps, eta)
+        return DDIMEta.from_scheduler(given, sampling.steps, eta)
+
+    @staticmethod
+    def noising(scheduler_config: Mapping[str, Any]) -> Noising:
+        return BetaNoising.from_scheduler(without_defaults(scheduler_config))
 
     @staticmethod
     def native_latent_shape(configs: Mapping[str, Mapping[str, Any]], resolution: int | None) -> tuple[int, int, int]:
         return square_unet_latents(configs, resolution)
+
+
+def without_defaults(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's config without the values it lists as defaults, and without that list: the pipeline may have put
+    another value in a default's place, which is listed all the same and which from_config would drop again.
+    """
+    defaults = ("_use_default_values", *scheduler_config.get("_use_default_values", ()))
+    return {key: value for key, value in scheduler_config.items() if key not in defaults}

@@ -33,7 +33,7 @@ def fresh() -> Iterator[Drawn]:
 
 
 def prepared(cfg: GRPOConfig, made: Drawn) -> Proximal:
-    found = GRPO(cfg).prepare(made.policy, made.stepper, made.rollout.trajectory, GUIDANCE)
+    found = GRPO(cfg).prepare(made.policy, made.stepper, made.rollout.trajectory, GUIDANCE, seed=0)
     assert found is not None
     return found
 
@@ -82,12 +82,12 @@ def test_a_single_update_needs_no_pass_of_its_own(fresh: Drawn, cfg: GRPOConfig)
     policy, stepper, rollout = fresh
     moved(policy, 0.01, seed=1)
     single = GRPO(cfg.model_copy(update={"updates_per_batch": 1}))
-    assert single.prepare(policy, stepper, rollout.trajectory, GUIDANCE) is None
+    assert single.prepare(policy, stepper, rollout.trajectory, GUIDANCE, seed=0) is None
     given = GRPO(cfg).loss(policy, stepper, rollout.trajectory, ADVANTAGES, [1], GUIDANCE, prepared(cfg, fresh))
     derived = single.loss(policy, stepper, rollout.trajectory, ADVANTAGES, [1], GUIDANCE)
     assert given[0] == derived[0] and given[1] == derived[1]
     assert torch.equal(gradient(policy, given[0]), gradient(policy, derived[0]))
-    assert GRPO(PLAIN).prepare(policy, stepper, rollout.trajectory, GUIDANCE) is None
+    assert GRPO(PLAIN).prepare(policy, stepper, rollout.trajectory, GUIDANCE, seed=0) is None
 
 
 def test_what_is_prepared_is_the_policy_of_that_moment(fresh: Drawn) -> None:
@@ -117,7 +117,7 @@ def test_the_interpolated_anchor_is_the_behaviour_policy_at_0_and_the_present_on
     assert torch.equal(gradient(policy, loss), gradient(policy, same))
     halfway, between = GRPO(INTERPOLATED).loss(policy, stepper, t, ADVANTAGES, [0, 2], GUIDANCE, proximal_at=0.5)
     assert halfway != loss and 0.0 < between["ratio_max_dev"] != figures["ratio_max_dev"]
-    assert GRPO(INTERPOLATED).prepare(policy, stepper, t, GUIDANCE) is None, "it needs no forward of its own"
+    assert GRPO(INTERPOLATED).prepare(policy, stepper, t, GUIDANCE, seed=0) is None, "it needs no forward of its own"
 
 
 # ---- Flow-DPPO's mask ----------------------------------------------------------------------------------------
