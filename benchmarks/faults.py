@@ -24,6 +24,7 @@ from raysteer.errors import DeadlineExceeded, UserError
 from tests.ray.catalogue import FINISHES, STOPS, Command, Fault, Scene
 from tests.ray.conftest import World
 
+NODES = "nodes-lost"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
 BEGIN, END = "<!-- python -m benchmarks.faults --write -->\n", "<!-- end -->\n"
 
@@ -102,6 +103,19 @@ def measure_driver(world: World) -> Measured:
     return Measured("driver-killed", done, comes, stopped_s=gone - struck, resumed_s=resumed - gone)
 
 
+def measure_nodes(world: World) -> list[Measured]:
+    """The loss of a node, on a cluster of several nodes: the scenarios of tests/ray/test_nodes.py."""
+    from tests.ray.test_nodes import play
+
+    found = play(world, world.folder)
+    members = "its members start where there is room, or are gone; its groups are drawn again"
+    ranks = "an elastic learner (`learner.min_workers`) goes on with the ranks that are left, from the checkpoint"
+    return [
+        Measured(NODES, "loss of the node that drew and scored", members, found["come_and_go"]["recovered_s"]),
+        Measured(NODES, "loss of the node of one of two learner ranks", ranks, found["fewer_ranks"]["recovered_s"]),
+    ]
+
+
 def table(measured: list[Measured]) -> str:
     """As Markdown."""
 
@@ -123,7 +137,7 @@ def write(text: str) -> None:
 
 
 def main() -> None:
-    names = [*(fault.name for fault in (*FINISHES, *STOPS)), "driver-killed"]
+    names = [*(fault.name for fault in (*FINISHES, *STOPS)), "driver-killed", NODES]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; all if none is given")
     parser.add_argument("--write", action="store_true", help="put the table into docs/reliability.md")
@@ -146,6 +160,8 @@ def main() -> None:
         ray.shutdown()
         if "driver-killed" in wanted:
             measured.append(measure_driver(world))
+        if NODES in wanted:
+            measured += measure_nodes(world)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, load before {load:.1f}, {time.strftime('%Y-%m-%d')}"
     text = f"{table(measured)}\n\nMeasured on {machine}, with `python -m benchmarks.faults`; tiny models."
     print(f"\n{text}")

@@ -26,7 +26,13 @@ EXIT_STOPPED = 130  # of a job that was ended from outside, as of a command that
 _PROBE_S = 5.0
 _ANSWER_S = 30.0
 _END_S = 60.0
+_READY_S, _AGAIN_S = 60.0, 1.0
+_NOT_READY = "No available agent"  # Ray's answer while a new head's agent, which starts jobs, comes up
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the environment of a job's command
+_AGENT = (
+    "the agent that starts jobs does not come up: see dashboard_agent.log on the head; its port may be taken "
+    "(ray start --dashboard-agent-listen-port)"
+)
 
 Write = Callable[[str], None]
 
@@ -55,27 +61,33 @@ class JobServer:
         os.environ["RAY_API_SERVER_ADDRESS"] = self.url  # the client obeys it, or RAY_ADDRESS, before its argument
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("modules.dashboard_sdk", "modules.job.sdk"):  # uploads and closed connections are no news
-            logging.getLogger(f"ray.dashboard.{name}").setLevel(logging.WARNING)
+        for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env"):
+            logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # what is packed and uploaded is no news
         self.client: Any = JobSubmissionClient(self.url, headers=_headers(token))
 
     def submit(self, command: Sequence[str], working_dir: Path | None, name: str) -> str:
         """Start `command` as a job in a copy of `working_dir` (None: with what the cluster has installed), and return
-        the job's id.
+        the job's id. A head that has just been started is given a minute to get ready.
 
         Raises:
             ClusterError: the cluster refuses it.
         """
-        try:
-            return self.client.submit_job(
-                entrypoint=shlex.join(command),
-                submission_id=f"{name}-{secrets.token_hex(4)}",
-                runtime_env={} if working_dir is None else {"working_dir": str(working_dir)},
-                metadata={"run": name},
-            )
-        except (RuntimeError, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ClusterError(f"job at {self.url}", f"it was not accepted ({reason})", "see the dashboard") from error
+        deadline = time.monotonic() + _READY_S
+        while True:
+            try:
+                return self.client.submit_job(
+                    entrypoint=shlex.join(command),
+                    submission_id=f"{name}-{secrets.token_hex(4)}",
+                    runtime_env={} if working_dir is None else {"working_dir": str(working_dir)},
+                    metadata={"run": name},
+                )
+            except (RuntimeError, ValueError, OSError) as error:
+                not_ready = _NOT_READY in str(error)
+                if not not_ready or time.monotonic() > deadline:
+                    reason = " ".join(str(error).split())[:300]
+                    where, problem = f"job at {self.url}", f"it was not accepted ({reason})"
+                    raise ClusterError(where, problem, _AGENT if not_ready else "see the dashboard") from error
+            time.sleep(_AGAIN_S)
 
     def follow(self, job_id: str, write: Write, timeout_s: float | None = None) -> int:
         """Write the job's log as it comes, until the job ends; its exit code.

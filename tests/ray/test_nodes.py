@@ -1,7 +1,9 @@
 """Several nodes: everybody lands where the recipe says, nodes come and go, and what is learned stays the same.
 
 A cluster of several nodes on this machine lives in a process of its own (`python -m tests.ray.test_nodes`), apart from
-the cluster of the other tests. It runs the scenarios one after the other and writes down what the tests look at.
+the cluster of the other tests. It runs the scenarios one after the other and writes down what the tests look at, and
+how long the loss of a node took to get over (`benchmarks/faults.py` wants to know). Drawing nodes say that they have a
+GPU, which sampler and reward worker share.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,11 +32,28 @@ _SYSTEM = {
     "health_check_timeout_ms": 3000,
     "health_check_failure_threshold": 4,
 }
-_DRAWING: dict[str, Any] = {"num_cpus": 1, "resources": {"draw": 1, "score": 1}, "labels": {"pool": "drawing"}}
+_DRAWING: dict[str, Any] = {
+    "num_cpus": 1,
+    "num_gpus": 1,
+    "resources": {"draw": 1, "score": 1},
+    "labels": {"pool": "drawing"},
+}
 _LEARNING: dict[str, Any] = {"num_cpus": 1, "resources": {"rank": 1}, "labels": {"pool": "learning"}}
 _MEMBERS: dict[str, Any] = {
-    "samplers": {"num_cpus": 0.1, "resources": {"draw": 1}, "labels": {"pool": "drawing"}},
-    "reward_workers": {"num_cpus": 0.1, "resources": {"score": 1}, "labels": {"pool": "!learning"}},
+    "samplers": {
+        "num_cpus": 0.1,
+        "num_gpus": 0.5,
+        "device": "cpu",
+        "resources": {"draw": 1},
+        "labels": {"pool": "drawing"},
+    },
+    "reward_workers": {
+        "num_cpus": 0.1,
+        "num_gpus": 0.25,
+        "device": "cpu",
+        "resources": {"score": 1},
+        "labels": {"pool": "!learning"},
+    },
 }
 
 
@@ -86,11 +106,27 @@ class Nodes:
         return found | {f"rank-{index}": pools[node] for index, node in enumerate(ranks)}
 
 
+class Recovery:
+    """Seconds from the loss of a node to the next finished learner step."""
+
+    def __init__(self) -> None:
+        self.struck: float | None = None
+        self.seconds: float | None = None
+
+    def strike(self) -> None:
+        self.struck = time.monotonic()
+
+    def watch(self, snapshot: dict[str, Any]) -> None:
+        if snapshot["reports"] and self.struck is not None and self.seconds is None:
+            self.seconds = time.monotonic() - self.struck
+
+
 def come_and_go(nodes: Nodes, recipe: str) -> dict[str, Any]:
     """While a score of the second batch is held back a node joins, and the one that drew everything goes."""
-    first, seen = nodes.cluster.add_node(**_DRAWING), {}
+    first, seen, recovery = nodes.cluster.add_node(**_DRAWING), {}, Recovery()
 
     def observe(snapshot: dict[str, Any]) -> None:
+        recovery.watch(snapshot)
         if "removed" in seen or nodes.world.holding() is None:
             return
         if "joined" not in seen:
@@ -99,27 +135,30 @@ def come_and_go(nodes: Nodes, recipe: str) -> dict[str, Any]:
         elif len(nodes.places()) == 5 and "sampler-1" in snapshot["samplers"]:
             seen["grown"] = nodes.places()
             seen["version"] = snapshot["version"]
+            recovery.strike()
             nodes.cluster.remove_node(first, allow_graceful=False)
             nodes.world.release()
             seen["removed"] = first.node_id
 
     nodes.world.plan_faults(hold_after=5)
-    return nodes.train(recipe, observe) | seen
+    return nodes.train(recipe, observe) | seen | {"recovered_s": recovery.seconds}
 
 
 def fewer_ranks(nodes: Nodes, recipe: str) -> dict[str, Any]:
     """While a score of the third batch is held back the node of one of two learner ranks goes."""
-    second, seen = nodes.cluster.add_node(**_LEARNING), {}
+    second, seen, recovery = nodes.cluster.add_node(**_LEARNING), {}, Recovery()
 
     def observe(snapshot: dict[str, Any]) -> None:
+        recovery.watch(snapshot)
         if "ranks" not in seen and nodes.world.holding() is not None and snapshot["version"] == 2:
             seen["ranks"] = len(snapshot["learners"])
+            recovery.strike()
             nodes.cluster.remove_node(second, allow_graceful=False)
             nodes.world.release()
         seen["ranks_at_the_end"] = len(snapshot["learners"])
 
     nodes.world.plan_faults(hold_after=9)
-    return nodes.train(recipe, observe) | seen
+    return nodes.train(recipe, observe) | seen | {"recovered_s": recovery.seconds}
 
 
 def main(folder: str, report: str, recipes: dict[str, str]) -> None:
@@ -137,9 +176,8 @@ def main(folder: str, report: str, recipes: dict[str, str]) -> None:
 # ---- the tests ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def scenarios(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What became of every scenario. Everybody's RAY_TMPDIR is short, as its sockets need it."""
+def play(world: World, folder: Path) -> dict[str, Any]:
+    """What became of every scenario; its report is written into `folder`. RAY_TMPDIR is short: sockets need it."""
     names: dict[str, dict[str, Any]] = {
         "impossible": {"samplers": _MEMBERS["samplers"] | {"labels": {"pool": "nowhere"}}},
         "come_and_go": {section: sizes | {"min": 1, "max": 2} for section, sizes in _MEMBERS.items()}
@@ -149,7 +187,7 @@ def scenarios(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         | {"run__checkpoint_every": 1},
     }
     recipes = {name: str(world.recipe_file(f"nodes-{name}", **changes)) for name, changes in names.items()}
-    report = tmp_path_factory.mktemp("nodes") / "report.json"
+    report = folder / "report.json"
     environment = os.environ | {
         "RAY_TMPDIR": os.environ["RAY_TMPDIR"] + "n",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
@@ -158,6 +196,11 @@ def scenarios(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads(report.read_text(encoding="utf-8")) | {"printed": done.stdout}
+
+
+@pytest.fixture(scope="module")
+def scenarios(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return play(world, tmp_path_factory.mktemp("nodes"))
 
 
 def adapters(found: Path, expected: Path) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -170,7 +213,7 @@ def adapters(found: Path, expected: Path) -> list[tuple[np.ndarray, np.ndarray]]
 
 def test_a_plan_that_no_node_can_hold_is_refused_by_what_is_missing(scenarios: dict[str, Any], world: World) -> None:
     refused = scenarios["impossible"]["refused"]
-    assert "no room for 1 of 1 samplers, one needs 0.1 CPU + 1 draw on a node with pool=nowhere" in refused
+    assert "no room for 1 of 1 samplers, one needs 0.1 CPU + 0.5 GPU + 1 draw on a node with pool=nowhere" in refused
     assert "pool is learning" in refused
     assert not list((world.folder / "runs" / "nodes-impossible").glob("journal/*")), "nothing was started"
 

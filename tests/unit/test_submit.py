@@ -22,7 +22,7 @@ from cluster.jobs import shared_folder
 from cluster.packing import check_needed, check_size, travelling
 from cluster.runtime import runtime_env
 from cluster.submit import check_what_is_here, needed_files
-from raysteer.errors import ConfigError, ModelError, UserError
+from raysteer.errors import ClusterError, ConfigError, ModelError, UserError
 from tests.conftest import RecipeFactory
 
 
@@ -194,3 +194,24 @@ def test_hostile_words_reach_the_shell_of_a_job_as_words(monkeypatch: pytest.Mon
     command = ["python", "-m", "cluster", "train", "a b.yaml", "run.name=$(touch /tmp/x); rm -rf ~ 'q'"]
     server.submit(command, tmp_path, "name")
     assert shlex.split(str(sent["entrypoint"])) == command
+
+
+def test_a_head_that_is_still_starting_is_asked_again_and_other_refusals_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import cluster.jobs as jobs
+
+    answers = [*["Request failed with status code 500: No available agent to submit job"] * 2, "", "disk full"]
+
+    class Client:
+        def submit_job(self, submission_id: str, **_: object) -> str:
+            if answer := answers.pop(0):
+                raise RuntimeError(answer)
+            return submission_id
+
+    monkeypatch.setattr(jobs, "_AGAIN_S", 0.0)
+    server = object.__new__(jobs.JobServer)
+    server.url, server.client = "http://127.0.0.1:8265", Client()
+    assert server.submit(["true"], None, "run").startswith("run-")
+    with pytest.raises(ClusterError, match=r"not accepted \(disk full\)"):
+        server.submit(["true"], None, "run")
