@@ -65,6 +65,16 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         return name
 
 
+class GenerateConfig(BaseModel, frozen=True, extra="forbid"):
+    """A dataset for offline objectives (``raysteer generate``): ``groups`` prompts with ``sampling.group_size`` images
+    each, drawn as the pipeline itself draws them. Unset ``steps`` and ``guidance_scale`` are those of ``sampling``.
+    """
+
+    groups: int = Field(256, ge=1)
+    steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0.0, allow_inf_nan=False)
+
+
 class ClusterConfig(BaseModel, frozen=True, extra="forbid"):
     """Where the actors run.
 
@@ -94,6 +104,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     learner: LearnerConfig = LearnerConfig()
     buffer: BufferConfig = BufferConfig()
     prompts: PromptsConfig
+    generate: GenerateConfig = GenerateConfig()
     tracking: TrackingConfig = TrackingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -119,8 +130,12 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         length of the run, storage, tracking, evaluation, placement and the number of workers do not count: they may
         change between a run and its resumption.
         """
+        return digest(self.deciding())
+
+    def deciding(self) -> dict[str, Any]:
+        """What the fingerprint covers, by section, with files by content."""
         data = self.model_dump(mode="json")
-        parts = {
+        return {
             "seed": data["run"]["seed"],
             "groups_per_step": data["run"]["groups_per_step"],
             "max_staleness": data["buffer"]["max_staleness"],
@@ -131,7 +146,6 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             "objective": data["objective"],
             "optimizer": data["optimizer"],
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, with paths below the working directory written relative to it."""
@@ -140,6 +154,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     def flat(self) -> dict[str, Any]:
         """Leaves by dotted key, for tracking: ``{"sampling.eta": 1.0, ...}``."""
         return dict(_leaves(portable_paths(self.model_dump(mode="json"))))
+
+
+def digest(parts: Mapping[str, Any]) -> str:
+    """sha256 (hex) of JSON data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -11,6 +11,7 @@ import functools
 import logging
 import threading
 import uuid
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from actors.reward_worker import RewardWorker
@@ -25,7 +26,6 @@ from cluster.supervisor import Role
 from cluster.tickets import TicketSource
 from cluster.tracking import Tracker
 from cluster.weights import WeightStore
-from learner.checkpoint import Checkpoint
 from learner.loop import LoopSettings, Services, train_loop
 from raysteer import calls
 from raysteer.errors import ClusterError, UserError
@@ -63,8 +63,16 @@ def logging_as(run: str, role: str, member: str, handle: Any) -> Any:
     return handle
 
 
-def start_services(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint | None) -> Services:
-    """Buffer, weight store, journal and tracker, on this node, going on from `checkpoint`.
+def start_services(
+    recipe: Recipe, folder: RunFolder, identity: Mapping[str, Any], ledger: Mapping[str, Any] | None
+) -> Services:
+    """Buffer, weight store, journal and tracker, on this node.
+
+    Args:
+        recipe: of the run.
+        folder: of the run.
+        identity: what its groups are made with (see `cluster.identity`).
+        ledger: the state that a run goes on from.
 
     Raises:
         ClusterError: the cluster has no room for the run.
@@ -95,12 +103,11 @@ def start_services(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint | N
         preview_prompts=recipe.tracking.preview_prompts or tickets.prompts.examples(2),
         preview_seed=recipe.tracking.preview_seed,
     )
-    ledger = dict(checkpoint.ledger) if checkpoint is not None else None
 
     def service(cls: type, *arguments: Any) -> Any:
         return logging_as(recipe.run.name, cls.__name__, "", start_actor(cls, *arguments, node=here))
 
-    journal = service(Journal, str(folder.journal))
+    journal = service(Journal, str(folder.journal), dict(identity))
     buffer = service(RolloutBuffer, settings, ledger, journal)
     weights = service(WeightStore, buffer, recipe.buffer.max_staleness + 2)
     tracking = (recipe.tracking, recipe.run.name, str(folder.path), recipe.flat())
@@ -114,8 +121,8 @@ def end_services(services: Services) -> None:
         ray.kill(handle)
 
 
-def roles(recipe: Recipe, services: Services) -> list[Role]:
-    """Samplers and reward workers as the supervisor sees them."""
+def roles(recipe: Recipe, services: Services, deterministic: bool = False) -> list[Role]:
+    """Samplers and reward workers as the supervisor sees them. `deterministic`: how samplers draw."""
     buffer, samplers, workers = services.buffer, recipe.samplers, recipe.reward_workers
     answer_timeout_s = workers.timeout_s * (workers.max_attempts + 1)
     shown = recipe.evaluation if recipe.evaluation.suite is not None else recipe.sampling
@@ -124,7 +131,7 @@ def roles(recipe: Recipe, services: Services) -> list[Role]:
     drawing, scoring = need_of(recipe, "samplers"), need_of(recipe, "reward_workers")
 
     def sampler(name: str, node: str | None) -> Any:
-        arguments = (name, recipe.model, recipe.sampling, samplers.device, answer_timeout_s)
+        arguments = (name, recipe.model, recipe.sampling, samplers.device, answer_timeout_s, deterministic)
         return logging_as(recipe.run.name, "sampler", name, start_actor(Sampler, *arguments, need=drawing, node=node))
 
     def reward_worker(name: str, node: str | None) -> Any:
