@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.devices import prepare_device
-from actors.leases import Lease, Preview, Stop
+from actors.leases import Lease, Preview, Stop, TicketLike
 from actors.members import MembersConfig
 from raysteer.calls import AGAIN, ask, put
 from raysteer.errors import ClusterError, DeadlineExceeded
@@ -27,7 +27,7 @@ from raysteer.logs import log_version
 
 if TYPE_CHECKING:
     from diffusion.policy import ModelConfig
-    from diffusion.sampling import SamplingConfig
+    from diffusion.sampling import Rollout, SamplingConfig
 
 LEASE_POLL_S = 10.0
 ADAPTER_TIMEOUT_S = 120.0
@@ -47,6 +47,7 @@ class Sampler:
         apart. model, sampling: what to draw with and how.
         device: "auto", "cpu" or "cuda".
         answer_timeout_s: longest a submission may stay unanswered.
+        deterministic: draw as the pipeline itself would; the groups have no trained steps.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class Sampler:
         sampling: SamplingConfig | None = None,
         device: str = "auto",
         answer_timeout_s: float = 600.0,
+        deterministic: bool = False,
     ) -> None:
         from diffusion.policy import DiffusionPolicy
 
         self.sampler_id = sampler_id
         self.sampling = sampling
         self.answer_timeout_s = answer_timeout_s
+        self.deterministic = deterministic
         self.policy = DiffusionPolicy.load(model, prepare_device(device))
         self.checksum = ""
         self.applied_at = 0.0
@@ -92,14 +95,11 @@ class Sampler:
             unanswered = self._bounded(unanswered)
 
     def _draw(self, lease: Lease, buffer: Any) -> Any:
-        from diffusion.sampling import sample_rollout
-
-        assert self.sampling is not None, "a sampler for evaluation only draws no groups"
         started = time.time()
         log_version(lease.version)
         self._put_on(lease)
         ticket = lease.ticket
-        rollout = sample_rollout(self.policy, ticket.prompt, ticket.seeds, self.sampling, ticket.step_seed, ticket.step)
+        rollout = self._rollout(ticket)
         sampled = time.time()
         images = put(rollout.images)
         trajectory = put(rollout.trajectory)
@@ -109,6 +109,15 @@ class Sampler:
         timings = {"started": started, "sampled": sampled, "submitted": time.time(), "adapter_applied": self.applied_at}
         timings["truncated"] = float(self.policy.truncated(ticket.prompt))
         return buffer.submit.remote(ticket.id, lease.lease_id, self.sampler_id, lease.checksum, refs, timings)
+
+    def _rollout(self, ticket: TicketLike) -> Rollout:
+        from diffusion.sampling import sample_deterministic, sample_rollout
+
+        cfg = self.sampling
+        assert cfg is not None, "a sampler for evaluation only draws no groups"
+        if self.deterministic:
+            return sample_deterministic(self.policy, ticket.prompt, ticket.seeds, cfg.steps, cfg.guidance_scale)
+        return sample_rollout(self.policy, ticket.prompt, ticket.seeds, cfg, ticket.step_seed, ticket.step)
 
     def _bounded(self, unanswered: list[Any]) -> list[Any]:
         """Forget answered submissions; wait only while there are too many others."""
@@ -149,7 +158,8 @@ class Sampler:
                 f"it has checksum {found[:12]} instead of {grant.checksum[:12]}: its bytes have changed",
                 f"{AGAIN}; if this happens again, suspect the memory of that node",
             )
-        self.policy.load_adapter(state)
+        if state:  # an empty one is the base model: a fresh sampler's own adapter changes nothing
+            self.policy.load_adapter(state)
         self.checksum, self.applied_at = grant.checksum, time.time()
 
     def _preview(self, grant: Preview, tracker: Any, steps: int, guidance_scale: float) -> list[Any]:

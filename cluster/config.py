@@ -36,11 +36,13 @@ from cluster.tracking import TrackingConfig
 from diffusion.policy import ModelConfig
 from diffusion.sampling import SamplingConfig
 from evaluation.config import EvaluationConfig
+from learner.dataset import find_dataset
 from learner.gdro import GDROConfig
 from learner.grpo import GRPOConfig
 from learner.loop import LearnerConfig
 from learner.optim import OptimizerConfig
-from raysteer.errors import ConfigError, UserError
+from learner.sources import OfflineConfig
+from raysteer.errors import ConfigError, DatasetError, UserError
 from rewards.config import RewardConfig, map_files
 
 # what decides training, apart from the weights themselves
@@ -64,6 +66,16 @@ class RunConfig(BaseModel, frozen=True, extra="forbid"):
         if not is_run_name(name):
             raise ValueError("it becomes a folder: begin with a letter or digit, go on with those or . _ -")
         return name
+
+
+class GenerateConfig(BaseModel, frozen=True, extra="forbid"):
+    """A dataset for offline objectives (``raysteer generate``): ``groups`` prompts with ``sampling.group_size`` images
+    each, drawn as the pipeline itself draws them. Unset ``steps`` and ``guidance_scale`` are those of ``sampling``.
+    """
+
+    groups: int = Field(256, ge=1)
+    steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=0.0, allow_inf_nan=False)
 
 
 class ClusterConfig(BaseModel, frozen=True, extra="forbid"):
@@ -106,6 +118,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     learner: LearnerConfig = LearnerConfig()
     buffer: BufferConfig = BufferConfig()
     prompts: PromptsConfig
+    generate: GenerateConfig = GenerateConfig()
+    offline: OfflineConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -115,6 +129,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     def _cross_checks(self) -> "Recipe":
         check_batch_arithmetic(self)
         check_objective(self)
+        check_offline(self)
         check_devices(self)
         check_needs(self)
         check_strict(self)
@@ -132,8 +147,12 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         length of the run, storage, tracking, evaluation, placement and the number of workers do not count: they may
         change between a run and its resumption.
         """
+        return digest(self.deciding())
+
+    def deciding(self) -> dict[str, Any]:
+        """What the fingerprint covers, by section, with files by content."""
         data = self.model_dump(mode="json")
-        parts = {
+        return {
             "seed": data["run"]["seed"],
             "groups_per_step": data["run"]["groups_per_step"],
             "max_staleness": data["buffer"]["max_staleness"],
@@ -143,8 +162,19 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
             "sampling": data["sampling"],
             "objective": data["objective"],
             "optimizer": data["optimizer"],
+            **self._deciding_offline(),
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _deciding_offline(self) -> dict[str, Any]:
+        if self.offline is None:
+            return {}
+        chosen: dict[str, Any] = {"window": self.offline.window}
+        if self.offline.data is not None:
+            return {"offline": chosen | {"data": _dataset_identity(self.offline.data)}}
+        return {
+            "offline": chosen | {"length": self.run.steps // self.offline.rounds},
+            "generate": self.generate.model_dump(),
+        }
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, with paths below the working directory written relative to it."""
@@ -153,6 +183,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
     def flat(self) -> dict[str, Any]:
         """Leaves by dotted key, for tracking: ``{"sampling.eta": 1.0, ...}``."""
         return dict(_leaves(portable_paths(self.model_dump(mode="json"))))
+
+
+def digest(parts: Mapping[str, Any]) -> str:
+    """sha256 (hex) of JSON data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -261,6 +296,43 @@ def check_objective(recipe: Recipe) -> None:
             objective.updates_per_batch,
             f"it must divide the {count} trained steps (sampling.trained); one of {divisors} would do",
         )
+
+
+def check_offline(recipe: Recipe) -> None:
+    """Refuse an objective that needs more than clean images, and rounds of unequal length.
+
+    Raises:
+        ConfigError: naming the key to change.
+    """
+    offline, steps = recipe.offline, recipe.run.steps
+    if offline is None:
+        return
+    if recipe.objective.name == "grpo":
+        raise ConfigError(
+            "objective.name",
+            "grpo",
+            "a dataset has final images, and no steps with their probabilities: use gdro, or leave out section offline",
+        )
+    if steps % offline.rounds:
+        length = max(1, round(steps / offline.rounds))
+        raise ConfigError(
+            "run.steps",
+            steps,
+            f"it must be a multiple of offline.rounds ({offline.rounds}); {length * offline.rounds} would do",
+        )
+    if offline.data is None and recipe.generate.groups < recipe.run.groups_per_step:
+        raise ConfigError(
+            "generate.groups",
+            recipe.generate.groups,
+            f"a step takes run.groups_per_step ({recipe.run.groups_per_step}) of them: generate that many or more",
+        )
+
+
+def _dataset_identity(folder: str) -> str:
+    try:
+        return identity(str(find_dataset(folder)))
+    except DatasetError:  # refused by its name before anything starts
+        return folder
 
 
 def check_devices(recipe: Recipe) -> None:

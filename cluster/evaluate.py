@@ -245,9 +245,18 @@ def _write(
     scored_by = {}
     if recipe.evaluation.reward:
         judge = recipe.evaluation.judge
-        scored_by = {"reward": recipe.reward.describe(), "judge": "detector" if judge is None else judge.reward.describe()}
+        scored_by = {
+            "reward": recipe.reward.describe(),
+            "judge": "detector" if judge is None else judge.reward.describe(),
+        }
     out.mkdir(parents=True, exist_ok=True)
-    document = {**figures, "difference": difference, "protocol": protocol, "scored_by": scored_by, "seconds": round(seconds, 1)}
+    document = {
+        **figures,
+        "difference": difference,
+        "protocol": protocol,
+        "scored_by": scored_by,
+        "seconds": round(seconds, 1),
+    }
     path = out / "evaluation.json"
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     # Not chosen ones: the first that ask for a mark alone, for a mark and an object, and for each task.

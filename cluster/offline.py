@@ -11,18 +11,18 @@ from the disk, so the same command goes on wherever a run was ended, in a genera
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe
-from cluster.desk import Desk
-from cluster.generate import dataset_of, generate
+from cluster.generate import generate
 from cluster.identity import model_identity
 from cluster.services import LearnerThread, start_desk
 from cluster.storage import RunFolder, write_atomic
 from cluster.tickets import derive_seed
 from cluster.train import Consumer, Observer, RunResult, Training, carry_out
-from learner.dataset import GroupDataset, check_identity
+from learner.dataset import GroupDataset, check_identity, find_dataset
 from learner.loop import Services
 from learner.sources import OfflineSettings
 from raysteer.errors import ConfigError
@@ -50,8 +50,7 @@ class OfflineTraining(Training):
         write_atomic(self.folder.recipe, self.written.to_yaml().encode())
 
     def services(self, ledger: Mapping[str, Any] | None) -> Services:
-        run, skipped = self.recipe.run, GroupDataset.open(self.dataset).skipped
-        return start_desk(self.recipe, self.folder, Desk, run.steps, run.groups_per_step, skipped)
+        return start_desk(self.recipe, self.folder, GroupDataset.open(self.dataset))
 
     def roles(self, services: Services) -> list[Role]:
         return []
@@ -71,9 +70,16 @@ class OfflineTraining(Training):
 
 
 def learning(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe as learner ranks alone go by it, until `steps`."""
-    nobody = {"count": 0, "min": None, "max": None}
-    sections = {"run": {"steps": steps}, "samplers": nobody, "reward_workers": nobody}
+    """The recipe as learner ranks alone go by it, until `steps`: as many rounds as that are, of the same length."""
+    offline, nobody = recipe.offline, {"count": 0, "min": None, "max": None}
+    assert offline is not None, "only a recipe with a section offline learns alone"
+    rounds = offline.rounds * steps // recipe.run.steps
+    sections = {
+        "run": {"steps": steps},
+        "offline": {"rounds": rounds},
+        "samplers": nobody,
+        "reward_workers": nobody,
+    }
     changed = {name: getattr(recipe, name).model_copy(update=keys) for name, keys in sections.items()}
     return recipe.model_copy(update=changed)
 
@@ -88,7 +94,9 @@ def check_dataset(recipe: Recipe, folder: Path) -> GroupDataset:
     """
     dataset = GroupDataset.open(folder)
     check_identity(dataset, model_identity(recipe))
-    dataset.check_subset(getattr(recipe.objective, "subset", None))
+    subset = getattr(recipe.objective, "subset", None)
+    if subset is not None:
+        dataset.check_subset(subset)
     if len(dataset.rows) < recipe.run.groups_per_step:
         left_out = ", ".join(f"{reason} {count}" for reason, count in dataset.skipped.items() if count)
         raise ConfigError(
@@ -111,34 +119,65 @@ def train_offline(recipe: Recipe, lock: RunLock | None, observe: Observer | None
     assert offline is not None, "only a recipe with a section offline comes here"
     try:
         if offline.data is not None:
-            return carry_out(OfflineTraining(recipe, Path(offline.data), 0, recipe.run.steps), None, observe)
-        result, length = None, recipe.run.steps // offline.rounds
+            dataset = find_dataset(offline.data)
+            return carry_out(OfflineTraining(recipe, dataset, 0, recipe.run.steps), None, observe)
         for number in range(1, offline.rounds + 1):
-            begins_at, ends_at = (number - 1) * length, number * length
-            done, _ = Training(recipe).progress()
-            if done >= ends_at and number < offline.rounds:
-                continue
-            drawn = generate_round(recipe, number, observe)
-            if drawn.status != "finished":
-                return drawn
-            result = carry_out(OfflineTraining(recipe, dataset_of(drawn), begins_at, ends_at), None, observe)
+            result = play_round(Round(recipe, number), observe)
             if result.status != "finished":
                 break
-        assert result is not None, "there is at least one round"
         return result
     finally:
         if lock is not None:
             lock.release()
 
 
-def generate_round(recipe: Recipe, number: int, observe: Observer | None) -> RunResult:
-    """The dataset of one round, drawn with what the rounds before have learned: its prompts and noise are its own."""
-    folder = RunFolder(recipe.run_dir)
-    run = {
-        "name": f"round-{number}",
-        "storage": str(folder.rounds),
-        "seed": derive_seed(recipe.run.seed, "round", number) % 2**31,
-    }
-    round_recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=run), "offline": None})
-    adapter = None if number == 1 else str(folder.adapter)
-    return generate(round_recipe, adapter, observe)
+@dataclass(frozen=True)
+class Round:
+    """One round of a run: the learner steps it covers, and where its things lie."""
+
+    recipe: Recipe
+    number: int
+
+    @property
+    def length(self) -> int:
+        offline = self.recipe.offline
+        assert offline is not None, "only a recipe with a section offline has rounds"
+        return self.recipe.run.steps // offline.rounds
+
+    @property
+    def begins_at(self) -> int:
+        return (self.number - 1) * self.length
+
+    @property
+    def ends_at(self) -> int:
+        return self.number * self.length
+
+    @property
+    def adapter(self) -> Path:
+        """What it draws with, as the rounds before have left it."""
+        return RunFolder(self.recipe.run_dir).rounds / f"round-{self.number}-adapter"
+
+    @property
+    def generating(self) -> Recipe:
+        """The recipe of its dataset: prompts and noise are its own."""
+        run = {
+            "name": f"round-{self.number}",
+            "storage": str(RunFolder(self.recipe.run_dir).rounds),
+            "seed": derive_seed(self.recipe.run.seed, "round", self.number) % 2**31,
+        }
+        return self.recipe.model_copy(update={"run": self.recipe.run.model_copy(update=run), "offline": None})
+
+
+def play_round(this: Round, observe: Observer | None) -> RunResult:
+    """Generate the dataset of a round and learn from it, as far as that has not been done."""
+    recipe, folder = this.recipe, RunFolder(this.generating.run_dir)
+    training = Training(recipe)
+    done, _ = training.progress()
+    if done < this.ends_at:
+        if done == this.begins_at and this.number > 1 and not this.adapter.exists():
+            training.export(this.adapter)
+        drawn = generate(this.generating, str(this.adapter) if this.number > 1 else None, observe)
+        if drawn.status != "finished":
+            return drawn
+        check_dataset(recipe, folder.journal)
+    return carry_out(OfflineTraining(recipe, folder.journal, this.begins_at, this.ends_at), None, observe)

@@ -7,6 +7,7 @@ the remedy.
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from cluster.config import Recipe, load_recipe
 from cluster.layout import lay_out
@@ -16,16 +17,29 @@ from cluster.placement import Node
 from cluster.prompts import summarise
 from cluster.runlock import RunLock, check_not_held
 from cluster.runtime import probe_address, probe_free_port, target_address
+from cluster.storage import RunFolder
 from cluster.tracking import probe, resolve_uri
 from diffusion.families.base import family_for, unsupported
 from diffusion.loading import check_parts
 from learner.checkpoint import latest_checkpoint
 from learner.gdro import GDROConfig
 from learner.objective import objective_class
-from raysteer.errors import CheckpointError, ConfigError, ModelError, StorageError
+from raysteer.errors import CheckpointError, ConfigError, ModelError, StorageError, UserError
 
 _RESERVE_BYTES = 200 * 2**20
 _FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_NEVER_DECIDE = (  # over training: keys that begin so
+    "run.steps",
+    "run.name",
+    "run.storage",
+    "run.checkpoint",
+    "run.keep",
+    "generate",
+    "tracking",
+    "evaluation",
+    "cluster",
+    "kubernetes",
+)
 
 
 def preflight(recipe: Recipe, hold: bool = True) -> RunLock | None:
@@ -45,14 +59,24 @@ def preflight(recipe: Recipe, hold: bool = True) -> RunLock | None:
     check_model(recipe)
     check_schedule(recipe)
     objective_class(recipe.objective.name)
+    check_offline_data(recipe)
+    check_surroundings(recipe)
+    check_earlier_run(recipe)
+    probe(resolve_uri(recipe.tracking, recipe.run.storage))
+    return RunLock(recipe.run_dir) if hold else None
+
+
+def check_surroundings(recipe: Recipe) -> None:
+    """Refuse prompts, rewards, cluster or storage with which no group can be drawn, and a run that is going on.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
     summarise(recipe.prompts)
     check_reward(recipe)
     check_cluster(recipe)
     check_storage(recipe)
     check_not_held(recipe.run_dir)
-    check_earlier_run(recipe)
-    probe(resolve_uri(recipe.tracking, recipe.run.storage))
-    return RunLock(recipe.run_dir) if hold else None
 
 
 def check_model(recipe: Recipe) -> None:
@@ -113,20 +137,15 @@ def check_schedule(recipe: Recipe) -> None:
         ConfigError: naming the key.
         ModelError: a schedule without densities, or for gdro a family without a forward process.
     """
-    folder = Path(recipe.model.path)
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    family = family_for(str(read_json(folder / "model_index.json").get("_class_name")), recipe.model.family)
-    if not config or family is None:
-        return  # a hub name: the samplers check it when they load
+    found = _schedule(recipe)
+    if found is None:
+        return
     from diffusion.sampling import choose_trained_steps
 
-    facts = pipeline_facts(recipe)
-    if facts is None or facts.latent_shape is None:
-        return  # no configs to read the latents' shape from: loading names what is missing
-    family.check_guidance(facts.embedded_guidance, recipe.sampling.guidance_scale)
-    stepper = family.schedule(config, recipe.sampling, facts.latent_shape)
+    family, config, shape = found
+    stepper = family.schedule(config, recipe.sampling, shape)
     if recipe.sampling.mixed:
-        family.schedule(config, recipe.sampling, facts.latent_shape, deterministic=True)
+        family.schedule(config, recipe.sampling, shape, deterministic=True)
     count = len(choose_trained_steps(recipe.sampling, stepper, seed=0))
     updates = recipe.objective.updates_per_batch
     if isinstance(recipe.objective, GDROConfig):
@@ -135,6 +154,56 @@ def check_schedule(recipe: Recipe) -> None:
         raise ConfigError(
             "objective.updates_per_batch", updates, f"it must divide the {count} trained steps (sampling.trained)"
         )
+
+
+def check_deterministic(recipe: Recipe) -> None:
+    """Refuse a guidance or a number of steps that the model cannot draw with when no step is trained.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    found = _schedule(recipe)
+    if found is None:
+        return
+    from diffusion.sampling import deterministic_schedule
+
+    family, config, shape = found
+    family.schedule(config, deterministic_schedule(recipe.sampling.steps), shape, deterministic=True)
+
+
+def _schedule(recipe: Recipe) -> tuple[Any, dict[str, Any], tuple[int, int, int]] | None:
+    """Family, scheduler's config and shape of the latents of a model that can follow the recipe's guidance; None for a
+    hub name, which the samplers check when they load it.
+    """
+    folder = Path(recipe.model.path)
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    family = family_for(str(read_json(folder / "model_index.json").get("_class_name")), recipe.model.family)
+    if not config or family is None:
+        return None
+    facts = pipeline_facts(recipe)
+    if facts is None or facts.latent_shape is None:
+        return None  # no configs to read the latents' shape from: loading names what is missing
+    family.check_guidance(facts.embedded_guidance, recipe.sampling.guidance_scale)
+    return family, config, facts.latent_shape
+
+
+def check_offline_data(recipe: Recipe) -> None:
+    """Refuse a dataset that this recipe cannot learn from, and an objective that does not learn from datasets.
+
+    Raises:
+        DatasetError: there is none, it cannot be read, or it was made with another model.
+        ConfigError: naming the key.
+    """
+    if recipe.offline is None:
+        return
+    if getattr(objective_class(recipe.objective.name), "parity_tolerance", None) is not None:
+        raise ConfigError(
+            "objective.name", recipe.objective.name, "it replays steps, and a dataset has final images only: use gdro"
+        )
+    if recipe.offline.data is not None:
+        from cluster.offline import check_dataset
+
+        check_dataset(recipe, Path(recipe.offline.data))
 
 
 def check_reward(recipe: Recipe) -> None:
@@ -197,11 +266,16 @@ def check_earlier_run(recipe: Recipe) -> None:
 
     Raises:
         CheckpointError: naming the run folder and what differs.
+        StorageError: the folder holds a generated dataset.
     """
+    if RunFolder(recipe.run_dir).generation.exists():
+        raise StorageError(
+            str(recipe.run_dir), "it holds a dataset that raysteer generate made", "give this run another run.name"
+        )
     earlier = latest_checkpoint(recipe.run_dir / "checkpoints")
     if earlier is None or earlier.fingerprint == recipe.fingerprint():
         return
-    differing = ", ".join(_differences(recipe)) or "a file it names has changed"
+    differing = ", ".join(differences(recipe)) or "a file it names has changed"
     raise CheckpointError(
         str(recipe.run_dir),
         f"its checkpoints come from another recipe ({differing})",
@@ -209,22 +283,15 @@ def check_earlier_run(recipe: Recipe) -> None:
     )
 
 
-def _differences(recipe: Recipe) -> list[str]:
+def differences(recipe: Recipe, ignored: tuple[str, ...] = _NEVER_DECIDE) -> list[str]:
+    """How a recipe differs from the one its run folder was begun with, as far as keys say: the first three, in words.
+
+    `ignored`: beginnings of keys that do not matter.
+    """
     try:
         earlier = load_recipe(recipe.run_dir / "recipe.yaml").flat()
-    except ConfigError:
+    except UserError:
         return []
-    ignored = (
-        "run.steps",
-        "run.name",
-        "run.storage",
-        "run.checkpoint",
-        "run.keep",
-        "tracking",
-        "evaluation",
-        "cluster",
-        "kubernetes",
-    )
     return [
         f"{key} was {earlier.get(key)!r}, is {value!r}"
         for key, value in recipe.flat().items()

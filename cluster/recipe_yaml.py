@@ -258,6 +258,8 @@ def resolve_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         return located if Path(located).exists() or not _HUB_NAME.match(path) else path
 
     data["reward"] = map_files(data["reward"], locate_unless_hub)
+    if data["offline"] is not None and data["offline"]["data"] is not None:
+        data["offline"]["data"] = locate(data["offline"]["data"])
     judge = data["evaluation"]["judge"]
     if judge is not None:
         judge["reward"] = map_files(judge["reward"], locate_unless_hub)

@@ -11,11 +11,13 @@ import functools
 import logging
 import threading
 import uuid
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from actors.reward_worker import RewardWorker
 from actors.sampler import Sampler
 from cluster.buffer import BufferSettings, RolloutBuffer
+from cluster.desk import Desk
 from cluster.journal import Journal
 from cluster.layout import lay_out, need_of
 from cluster.placement import Need, live_nodes
@@ -25,7 +27,6 @@ from cluster.supervisor import Role
 from cluster.tickets import TicketSource
 from cluster.tracking import Tracker
 from cluster.weights import WeightStore
-from learner.checkpoint import Checkpoint
 from learner.loop import LoopSettings, Services, train_loop
 from raysteer import calls
 from raysteer.errors import ClusterError, UserError
@@ -33,6 +34,8 @@ from raysteer.logs import log_as_actor
 
 if TYPE_CHECKING:
     from cluster.config import Recipe
+    from learner.dataset import GroupDataset
+    from learner.sources import OfflineSettings
 
 CALL_TIMEOUT_S = 300.0  # generous: the first call to an actor includes its start on a busy machine
 
@@ -63,8 +66,16 @@ def logging_as(run: str, role: str, member: str, handle: Any) -> Any:
     return handle
 
 
-def start_services(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint | None) -> Services:
-    """Buffer, weight store, journal and tracker, on this node, going on from `checkpoint`.
+def start_services(
+    recipe: Recipe, folder: RunFolder, identity: Mapping[str, Any], ledger: Mapping[str, Any] | None
+) -> Services:
+    """Buffer, weight store, journal and tracker, on this node.
+
+    Args:
+        recipe: of the run.
+        folder: of the run.
+        identity: what its groups are made with (see `cluster.identity`).
+        ledger: the state that a run goes on from.
 
     Raises:
         ClusterError: the cluster has no room for the run.
@@ -95,27 +106,43 @@ def start_services(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint | N
         preview_prompts=recipe.tracking.preview_prompts or tickets.prompts.examples(2),
         preview_seed=recipe.tracking.preview_seed,
     )
-    ledger = dict(checkpoint.ledger) if checkpoint is not None else None
 
     def service(cls: type, *arguments: Any) -> Any:
         return logging_as(recipe.run.name, cls.__name__, "", start_actor(cls, *arguments, node=here))
 
-    journal = service(Journal, str(folder.journal))
+    journal = service(Journal, str(folder.journal), dict(identity))
     buffer = service(RolloutBuffer, settings, ledger, journal)
     weights = service(WeightStore, buffer, recipe.buffer.max_staleness + 2)
     tracking = (recipe.tracking, recipe.run.name, str(folder.path), recipe.flat())
     return Services(buffer, weights, journal, service(Tracker, *tracking))
 
 
+def start_desk(recipe: Recipe, folder: RunFolder, dataset: GroupDataset) -> Services:
+    """Desk and tracker, on this node: what a run needs that learns from a dataset.
+
+    Raises:
+        ClusterError: the cluster has no room for the learner.
+    """
+    import ray
+
+    lay_out(recipe, live_nodes(), recipe.cluster.autoscaling)
+    here = ray.get_runtime_context().get_node_id()
+    run, tracking = recipe.run, (recipe.tracking, recipe.run.name, str(folder.path), recipe.flat())
+    about = (run.steps, run.groups_per_step, recipe.sampling.group_size, dataset.skipped)
+    desk = logging_as(run.name, "Desk", "", start_actor(Desk, *about, node=here))
+    return Services(desk, tracker=logging_as(run.name, "Tracker", "", start_actor(Tracker, *tracking, node=here)))
+
+
 def end_services(services: Services) -> None:
     import ray
 
     for handle in (services.buffer, services.weights, services.journal, services.tracker):
-        ray.kill(handle)
+        if handle is not None:
+            ray.kill(handle)
 
 
-def roles(recipe: Recipe, services: Services) -> list[Role]:
-    """Samplers and reward workers as the supervisor sees them."""
+def roles(recipe: Recipe, services: Services, deterministic: bool = False) -> list[Role]:
+    """Samplers and reward workers as the supervisor sees them. `deterministic`: how samplers draw."""
     buffer, samplers, workers = services.buffer, recipe.samplers, recipe.reward_workers
     answer_timeout_s = workers.timeout_s * (workers.max_attempts + 1)
     shown = recipe.evaluation if recipe.evaluation.suite is not None else recipe.sampling
@@ -124,7 +151,7 @@ def roles(recipe: Recipe, services: Services) -> list[Role]:
     drawing, scoring = need_of(recipe, "samplers"), need_of(recipe, "reward_workers")
 
     def sampler(name: str, node: str | None) -> Any:
-        arguments = (name, recipe.model, recipe.sampling, samplers.device, answer_timeout_s)
+        arguments = (name, recipe.model, recipe.sampling, samplers.device, answer_timeout_s, deterministic)
         return logging_as(recipe.run.name, "sampler", name, start_actor(Sampler, *arguments, need=drawing, node=node))
 
     def reward_worker(name: str, node: str | None) -> Any:
@@ -164,11 +191,11 @@ class Pulse:
     """Notices the death of service actors that nobody may be waiting for at the moment."""
 
     def __init__(self, services: Services) -> None:
-        self.methods = {
-            "journal": services.journal.ping,
-            "weight store": services.weights.ping,
-            "tracker": services.tracker.get_run_id,
-        }
+        self.methods = {"tracker": services.tracker.get_run_id}
+        if services.journal is not None:
+            self.methods["journal"] = services.journal.ping
+        if services.weights is not None:
+            self.methods["weight store"] = services.weights.ping
         self.calls = {name: method.remote() for name, method in self.methods.items()}
 
     def check(self) -> None:
@@ -246,11 +273,16 @@ def _too_often(rank: int, max_failures: int, cause: Exception) -> ClusterError:
 
 
 class LearnerThread(threading.Thread):
-    """TorchTrainer.fit, which blocks, beside the supervising main thread. `error` is what it raised."""
+    """TorchTrainer.fit, which blocks, beside the supervising main thread. `error` is what it raised.
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, services: Services) -> None:
+    `offline`: the dataset to learn from, instead of the buffer's batches.
+    """
+
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, services: Services, offline: OfflineSettings | None = None
+    ) -> None:
         super().__init__(name="learner", daemon=True)
-        self.recipe, self.folder, self.services = recipe, folder, services
+        self.recipe, self.folder, self.services, self.offline = recipe, folder, services, offline
         self.error: Exception | None = None
 
     def run(self) -> None:
@@ -301,4 +333,5 @@ class LearnerThread(threading.Thread):
             metrics_file=str(self.folder.metrics.absolute()),
             fingerprint=recipe.fingerprint(),
             mixture=recipe.reward.mixture(),
+            offline=self.offline,
         )

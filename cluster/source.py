@@ -124,11 +124,16 @@ def base_model(source: Source, model: str | None) -> ModelConfig:
     else:
         own = ModelConfig(path=str(Path(model).expanduser()) if model.strip() else ".")
         config = own if recipe is None else recipe.model.model_copy(update={"path": own.path})
-    lora = _check_model(config, source)
+    lora = fitting_lora(config, source)
     return config.model_copy(update={"lora": lora, "gradient_checkpointing": False})
 
 
-def _check_model(config: ModelConfig, source: Source) -> LoRAConfig:
+def fitting_lora(config: ModelConfig, source: Source) -> LoRAConfig:
+    """The LoRA shape of an adapter that fits this model; no weights are loaded.
+
+    Raises:
+        ModelError: it does not fit (names the first module), or the model cannot be read.
+    """
     import diffusers
     import torch
 

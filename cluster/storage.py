@@ -33,6 +33,16 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def generation(self) -> Path:
+        """Where a generated dataset stands; its presence means that this is one."""
+        return self.path / "generation.json"
+
+    @property
+    def rounds(self) -> Path:
+        """What the rounds of an offline run have generated."""
+        return self.path / "rounds"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

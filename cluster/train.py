@@ -3,6 +3,7 @@
     check ─▶ join the cluster ─▶ services ─▶ members (samplers, reward workers) ┐
                                         └─▶ learner ranks (Ray Train, a thread) ├─▶ supervise ─▶ finish
                                                                                 ┘
+Who takes the batches, and what is left of them, is the run's `Purpose`: training here, a dataset in `cluster.generate`.
 The main thread supervises and takes signals. Every way out ends in `_finish`: everybody is told to stop, the ledger
 is written, MLflow is closed, the actors are gone. The same call with the same recipe continues a run that was stopped
 or killed.
@@ -16,12 +17,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+from cluster.identity import journal_identity
 from cluster.jobs import surrounding_job
 from cluster.metrics import RunMetrics
 from cluster.preflight import cpus_needed, gpus_needed, preflight
@@ -39,6 +41,9 @@ from raysteer.logs import log_as, log_version
 
 if TYPE_CHECKING:
     from cluster.config import Recipe
+    from cluster.runlock import RunLock
+    from cluster.supervisor import Ranks, Role
+    from learner.loop import Services
 
 POLL_S = 0.5
 START_S = 600.0  # longest until the learner ranks run: on a growing cluster machines have to come up first
@@ -50,7 +55,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What became of a run. `status`: "finished" (adapter_dir is set) or "stopped" (the same command continues it)."""
+    """What became of a run. `status`: "finished" (adapter_dir is set if it trained) or "stopped" (the same command
+    continues it).
+    """
 
     status: str
     run_dir: Path
@@ -65,6 +72,87 @@ class RunResult:
 Observer = Callable[[dict[str, Any]], None]
 
 
+class Consumer(Protocol):
+    """A thread that takes the batches of a run. `error` is what it raised."""
+
+    error: Exception | None
+
+    def start(self) -> None: ...
+    def is_alive(self) -> bool: ...
+    def join(self, timeout: float | None = None) -> None: ...
+
+
+class Purpose(Protocol):
+    """What a run draws its groups for.
+
+    Attributes:
+        recipe: of the run.
+        folder: of the run.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+
+    def progress(self) -> tuple[int, Mapping[str, Any] | None]:
+        """Steps that are done for good, and the ledger as it was after them."""
+        ...
+
+    def begin(self) -> None:
+        """Write what a run leaves before its first step."""
+        ...
+
+    def services(self, ledger: Mapping[str, Any] | None) -> Services:
+        """The service actors, going on from this state of the ledger."""
+        ...
+
+    def roles(self, services: Services) -> list[Role]: ...
+    def ranks(self) -> Ranks | None: ...
+    def consumer(self, services: Services) -> Consumer: ...
+
+    def complete(self) -> Path | None:
+        """All steps are done: write the final adapter, if this is what the run is for, and say where."""
+        ...
+
+
+class Training:
+    """A run that trains: its batches go to the learner ranks, its checkpoints say how far it is."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.folder = recipe, RunFolder(recipe.run_dir)
+
+    def progress(self) -> tuple[int, Mapping[str, Any] | None]:
+        checkpoint = self._checkpoint()
+        return (0, None) if checkpoint is None else (checkpoint.step, checkpoint.ledger)
+
+    def begin(self) -> None:
+        write_atomic(self.folder.recipe, self.recipe.to_yaml().encode())
+
+    def services(self, ledger: Mapping[str, Any] | None) -> Services:
+        return start_services(self.recipe, self.folder, journal_identity(self.recipe, "train"), ledger)
+
+    def roles(self, services: Services) -> list[Role]:
+        return roles(self.recipe, services)
+
+    def ranks(self) -> Ranks:
+        return LearnerRoom(self.recipe)
+
+    def consumer(self, services: Services) -> Consumer:
+        return LearnerThread(self.recipe, self.folder, services)
+
+    def complete(self) -> Path:
+        self.export(self.folder.adapter)
+        return self.folder.adapter
+
+    def export(self, folder: Path) -> None:
+        """Write the adapter of the newest checkpoint into `folder`."""
+        checkpoint = self._checkpoint()
+        assert checkpoint is not None, "whoever exports has seen that there is a checkpoint"
+        _export(self.recipe, folder, checkpoint)
+
+    def _checkpoint(self) -> Checkpoint | None:
+        return latest_checkpoint(self.folder.checkpoints, self.recipe.fingerprint())
+
+
 def train(recipe: Recipe, observe: Observer | None = None) -> RunResult:
     """Run or continue the training a recipe describes.
 
@@ -77,10 +165,19 @@ def train(recipe: Recipe, observe: Observer | None = None) -> RunResult:
         UserError: something to fix, found before or during the run.
         DeadlineExceeded, ParityError: the run could not go on. Its last checkpoint is kept.
     """
-    started = time.monotonic()
     log_as(recipe.run.name, "driver")
     lock = preflight(recipe)
-    folder = RunFolder(recipe.run_dir).create()
+    if recipe.offline is not None:
+        from cluster.offline import train_offline
+
+        return train_offline(recipe, lock, observe)
+    return carry_out(Training(recipe), lock, observe)
+
+
+def carry_out(purpose: Purpose, lock: RunLock | None, observe: Observer | None = None) -> RunResult:
+    """Begin or continue a run that has been checked. `lock`: of its folder, released at the end."""
+    started = time.monotonic()
+    recipe, folder = purpose.recipe, purpose.folder.create()
     if surrounding_job() is not None and _RAYS_COPIES in folder.path.parts:
         logger.warning(
             "run.storage %s lies in Ray's copy of the working directory and goes with it: to keep results and to "
@@ -89,20 +186,18 @@ def train(recipe: Recipe, observe: Observer | None = None) -> RunResult:
         )
     try:
         withdraw_stop(folder)
-        checkpoint = latest_checkpoint(folder.checkpoints, recipe.fingerprint())
-        done = checkpoint.step if checkpoint is not None else 0
+        done, _ = purpose.progress()
         with StatusWriter(folder, recipe, done) as status:
-            if checkpoint is not None and done >= recipe.run.steps:
+            if done >= recipe.run.steps:
                 logger.warning("run %s is finished already (%d steps)", recipe.run.name, done)
-                _export(recipe, folder, checkpoint)
                 id_of_run = _mlflow_run_id(folder)
-                result = RunResult("finished", folder.path, folder.adapter, done, 0.0, mlflow_run_id=id_of_run)
+                result = RunResult("finished", folder.path, purpose.complete(), done, 0.0, mlflow_run_id=id_of_run)
             else:
-                write_atomic(folder.recipe, recipe.to_yaml().encode())
+                purpose.begin()
                 with _cluster(recipe), _Signals() as signals:
                     metrics = RunMetrics(recipe.run.name)
                     observers: list[Observer] = [status, metrics, *([observe] if observe is not None else [])]
-                    result = _Run(recipe, folder, checkpoint, signals, observers).run(started)
+                    result = _Run(purpose, signals, observers).run(started)
             status.ended(result.status, result.steps, ledger=result.ledger)
         return result
     finally:
@@ -114,20 +209,14 @@ def train(recipe: Recipe, observe: Observer | None = None) -> RunResult:
 class _Run:
     """The actors of one run, and what is to be done with them."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        folder: RunFolder,
-        checkpoint: Checkpoint | None,
-        signals: _Signals,
-        observers: Sequence[Observer],
-    ) -> None:
-        self.recipe, self.folder, self.signals, self.observers = recipe, folder, signals, observers
-        self.first_step = checkpoint.step if checkpoint is not None else 0
-        self.services = start_services(recipe, folder, checkpoint)
-        growing = recipe.cluster.autoscaling
-        self.supervisor = Supervisor(roles(recipe, self.services), LearnerRoom(recipe), growing)
-        self.learner = LearnerThread(recipe, folder, self.services)
+    def __init__(self, purpose: Purpose, signals: _Signals, observers: Sequence[Observer]) -> None:
+        self.purpose, self.signals, self.observers = purpose, signals, observers
+        self.recipe, self.folder = purpose.recipe, purpose.folder
+        self.first_step, ledger = purpose.progress()
+        self.services = purpose.services(ledger)
+        growing = self.recipe.cluster.autoscaling
+        self.supervisor = Supervisor(purpose.roles(self.services), purpose.ranks(), growing)
+        self.learner = purpose.consumer(self.services)
 
     def run(self, started: float) -> RunResult:
         failure: BaseException | None = None
@@ -200,31 +289,32 @@ class _Run:
             snapshot = ask(self.services.buffer.snapshot)
             counts = snapshot["ledger"]
             failure = failure or snapshot["failure"] or self.learner.error
-            ask(self.services.journal.flush)
+            if self.services.journal is not None:
+                ask(self.services.journal.flush)
         except Exception as error:
             failure = failure or error
-        checkpoint = latest_checkpoint(self.folder.checkpoints, self.recipe.fingerprint())
-        steps = checkpoint.step if checkpoint is not None else 0
-        finished = failure is None and checkpoint is not None and steps >= self.recipe.run.steps
+        steps, _ = self.purpose.progress()
+        finished = failure is None and steps >= self.recipe.run.steps
         status = "finished" if finished else "stopped" if failure is None else "failed"
         record = {"status": status, "steps": steps, "ledger": counts, "restarts": self.supervisor.restarts}
         if failure is not None:
             record["failure"] = f"{type(failure).__name__}: {failure}"
+        adapter: Path | None = None
         try:
-            if finished and checkpoint is not None:
-                _export(self.recipe, self.folder, checkpoint)
+            if finished:
+                adapter = self.purpose.complete()
             write_json(self.folder.ledger, record)
         except OSError as error:  # a full disk must not keep the actors alive, nor hide an earlier failure
             problem = f"cannot be written ({error.strerror})"
             failure = failure or StorageError(str(self.folder.path), problem, f"free some space; {AGAIN}")
-        self._close_tracking(status)
+        self._close_tracking(status, adapter)
         end_services(self.services)
         if failure is not None:
             raise failure
         return RunResult(
             status,
             self.folder.path,
-            self.folder.adapter if finished else None,
+            adapter,
             steps,
             time.monotonic() - started,
             counts,
@@ -232,11 +322,11 @@ class _Run:
             mlflow_run_id,
         )
 
-    def _close_tracking(self, status: str) -> None:
+    def _close_tracking(self, status: str, adapter: Path | None) -> None:
         tracker = self.services.tracker
         try:
-            if status == "finished":
-                ask(tracker.log_artifact, str(self.folder.adapter), "adapter")
+            if adapter is not None:
+                ask(tracker.log_artifact, str(adapter), "adapter")
             ask(tracker.log_artifact, str(self.folder.ledger), None)
             ask(tracker.finish, {"finished": "FINISHED", "stopped": "KILLED"}.get(status, "FAILED"))
         except Exception as error:  # tracking must never decide over a finished training
@@ -279,7 +369,7 @@ def _cluster(recipe: Recipe) -> Iterator[None]:
             ray.shutdown()
 
 
-def _export(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint) -> None:
+def _export(recipe: Recipe, folder: Path, checkpoint: Checkpoint) -> None:
     """The final adapter, averaged if the recipe says so, as plain diffusers loads it."""
     from diffusion.adapters import checksum, save_adapter
 
@@ -293,7 +383,7 @@ def _export(recipe: Recipe, folder: RunFolder, checkpoint: Checkpoint) -> None:
     }
     if checkpoint.ema is not None:
         metadata["ema_decay"] = str(recipe.optimizer.ema_decay)
-    save_adapter(state, folder.adapter, metadata)
+    save_adapter(state, folder, metadata)
 
 
 def _mlflow_run_id(folder: RunFolder) -> str | None:

@@ -139,17 +139,29 @@ class Trajectory:
     dtype: str
 
     @classmethod
-    def of_latents(cls, prompt: str, latents: np.ndarray) -> Trajectory:
-        """A group of which only the final latents are known, float32 [G, C, h, w]: it has no trained steps.
+    def of_latents(cls, prompt: str, latents: np.ndarray | torch.Tensor) -> Trajectory:
+        """A group of which only the final latents [G, C, h, w] are known: no step of it can be replayed (K = 0).
+
+        Args:
+            latents: float32, or bfloat16 or float16 as a tensor; kept in that dtype.
 
         Raises:
             ValueError: not latents of images.
         """
-        if latents.ndim != 4 or not len(latents):
-            raise ValueError(f"latents must be [group_size, C, h, w], got shape {latents.shape}")
-        steps = np.zeros((len(latents), 0, *latents.shape[1:]), np.float32)
-        scores = np.zeros((len(latents), 0), np.float32)
-        return cls(prompt, np.zeros(0, np.int64), steps, steps, scores, np.asarray(latents, np.float32), "float32")
+        tensor = torch.as_tensor(latents)
+        if tensor.ndim != 4 or not len(tensor):
+            raise ValueError(f"latents must be [group_size, C, h, w], got shape {tuple(tensor.shape)}")
+        group, *shape = tensor.shape
+        final = tensor_to_array(tensor)
+        return cls(
+            prompt=prompt,
+            step_index=np.empty(0, np.int64),
+            x_t=np.empty((group, 0, *shape), final.dtype),
+            x_prev=np.empty((group, 0, *shape), final.dtype),
+            log_prob=np.empty((group, 0), np.float32),
+            final_latents=final,
+            dtype=_name_of(tensor.dtype),
+        )
 
     @property
     def group_size(self) -> int:
@@ -192,6 +204,10 @@ def tensor_to_array(tensor: torch.Tensor) -> np.ndarray:
     """numpy copy; bfloat16, which numpy lacks, as its uint16 bits."""
     tensor = tensor.detach().cpu().contiguous()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy().copy()
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def array_to_tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
@@ -292,9 +308,24 @@ def sample_rollout(
         x_prev=tensor_to_array(torch.stack(kept_x_prev, 1)),
         log_prob=tensor_to_array(torch.stack(kept_log_prob, 1)),
         final_latents=tensor_to_array(x),
-        dtype=next(name for name, dtype in DTYPES.items() if dtype == policy.dtype),
+        dtype=_name_of(policy.dtype),
     )
     return Rollout(policy.decode(x), trajectory)
+
+
+@torch.no_grad()
+def sample_deterministic(
+    policy: DiffusionPolicy, prompt: str, seeds: Sequence[int], steps: int, guidance_scale: float
+) -> Rollout:
+    """Draw one group in one batch as ``generate`` draws images: its latents are samples of the model itself, not of a
+    stochastic schedule, and no step of it can be trained.
+
+    Args:
+        prompt: the prompt of the whole group.
+        seeds: one seed per image, which decides its initial noise.
+    """
+    x = _integrate(policy, [prompt] * len(seeds), seeds, deterministic_schedule(steps), guidance_scale)
+    return Rollout(policy.decode(x), Trajectory.of_latents(prompt, x))
 
 
 @torch.no_grad()
@@ -314,17 +345,29 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
     if not prompts:
         raise ValueError("no prompts to generate")
-    schedule = SamplingConfig(steps=steps, trained=TrainedStepsConfig(last=steps))
-    stepper = policy.stepper(schedule, deterministic=True)
-    batches = []
+    schedule, batches = deterministic_schedule(steps), []
     for start in range(0, len(prompts), batch_size):
-        x = _noise(policy, [_generator(seed) for seed in seeds[start : start + batch_size]]).to(policy.dtype)
-        cond = policy.encode(prompts[start : start + batch_size])
-        for i in range(stepper.num_steps):
-            output = policy.predict(x, float(stepper.timesteps[i]), cond, guidance_scale)
-            x = stepper.step(output, x, i, None, policy.dtype).x_prev
-        batches.append(policy.decode(x))
+        chosen = slice(start, start + batch_size)
+        batches.append(policy.decode(_integrate(policy, prompts[chosen], seeds[chosen], schedule, guidance_scale)))
     return np.concatenate(batches)
+
+
+def deterministic_schedule(steps: int) -> SamplingConfig:
+    """``steps`` steps of the pipeline's own schedule: nothing of a recipe's noise or shift."""
+    return SamplingConfig(steps=steps, trained=TrainedStepsConfig(last=steps))
+
+
+def _integrate(
+    policy: DiffusionPolicy, prompts: Sequence[str], seeds: Sequence[int], schedule: SamplingConfig, guidance: float
+) -> torch.Tensor:
+    """Final latents [n, C, h, w] in the policy's dtype, without noise after the start."""
+    stepper = policy.stepper(schedule, deterministic=True)
+    x = _noise(policy, [_generator(seed) for seed in seeds]).to(policy.dtype)
+    cond = policy.encode(prompts)
+    for i in range(stepper.num_steps):
+        output = policy.predict(x, float(stepper.timesteps[i]), cond, guidance)
+        x = stepper.step(output, x, i, None, policy.dtype).x_prev
+    return x
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -165,4 +165,4 @@ class DatasetSource:
 
     def _as_group(self, row: int) -> Group:
         ref = self.dataset.rows[row]
-        return Group(ref.ticket, "", ref.prompt_class, ref.version, ref.checksum, "", ref.reward, ref.parts, [], {})
+        return Group(ref.ticket, "", ref.prompt_class, 0, "", "", self.dataset.rewards[row], {}, [], {})

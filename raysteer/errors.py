@@ -55,6 +55,10 @@ class CheckpointError(UserError):
     """A checkpoint belongs to another recipe or cannot be read."""
 
 
+class DatasetError(UserError):
+    """A dataset of scored groups is not there, cannot be read, or was made with another model."""
+
+
 class StorageError(UserError):
     """The run folder cannot be used: no space, not writable, in use."""
 

@@ -334,14 +334,16 @@ STOPS = (
 
 
 class Command:
-    """`python -m cluster train RECIPE` in a process and a Ray cluster of its own; ended with the context."""
+    """`python -m cluster train RECIPE` (or another command) in a process and a Ray cluster of its own; ended with the
+    context.
+    """
 
-    def __init__(self, recipe: Path, **environment: str) -> None:
+    def __init__(self, recipe: Path, command: str = "train", **environment: str) -> None:
         self.log = recipe.with_suffix(".log")
         self.temp = os.environ["RAY_TMPDIR"] + "s"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cluster", "train", str(recipe)],
+                [sys.executable, "-m", "cluster", command, str(recipe)],
                 env=os.environ | {"RAY_TMPDIR": self.temp} | environment,
                 cwd=Path(__file__).parents[2],
                 stdout=log,

@@ -10,7 +10,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cluster.anchors import gather_prompts, separation, study, summary, write
-from cluster.cli import EXIT_USER, app
+from cluster.cli import app
+from cluster.cli_shell import EXIT_USER
 from cluster.config import Recipe, load_recipe
 from raysteer.errors import ConfigError, PromptError
 from rewards.anchors import load_anchors

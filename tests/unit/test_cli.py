@@ -9,7 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from cluster.cli import _reported, app
+from cluster.cli import app
+from cluster.cli_shell import reported
 from raysteer import __version__
 from raysteer.errors import ClusterError, DeadlineExceeded, ParityError
 from tests.conftest import RecipeFactory
@@ -29,7 +30,8 @@ def test_the_command_line_imports_nothing_heavy() -> None:
 def test_help_and_version() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in ("plan", "train", "submit", "status", "stop", "eval", "compare", "export", "sample"):
+    expected = {"plan", "train", "generate", "submit", "status", "stop", "eval", "compare", "data", "export", "sample"}
+    for command in expected:
         assert command in result.stdout
     assert invoke("--version").stdout.strip() == __version__
 
@@ -46,7 +48,7 @@ def test_help_and_version() -> None:
 def test_errors_become_one_line_and_an_exit_code(
     error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    @_reported
+    @reported
     def command() -> None:
         raise error
 
@@ -57,7 +59,7 @@ def test_errors_become_one_line_and_an_exit_code(
 
 
 def test_our_own_bugs_keep_their_stack_trace() -> None:
-    @_reported
+    @reported
     def command() -> None:
         raise ZeroDivisionError
 

@@ -35,7 +35,7 @@ def latents(ticket: int) -> np.ndarray:
 
 
 def test_rows_come_back_exactly_and_in_ticket_order(tmp_path: Path) -> None:
-    writer = JournalWriter(tmp_path, rows_per_part=2)
+    writer = JournalWriter(tmp_path, {}, rows_per_part=2)
     for ticket in (1, 0, 2):
         writer.append(row(ticket), latents(ticket))
     writer.flush()
@@ -49,10 +49,10 @@ def test_rows_come_back_exactly_and_in_ticket_order(tmp_path: Path) -> None:
 
 
 def test_a_group_that_was_drawn_again_counts_once_and_the_last_time(tmp_path: Path) -> None:
-    writer = JournalWriter(tmp_path)
+    writer = JournalWriter(tmp_path, {})
     writer.append(row(0, 0.1), latents(0))
     writer.flush()
-    again = JournalWriter(tmp_path)
+    again = JournalWriter(tmp_path, {})
     again.append(row(0, 0.9), latents(7))
     again.flush()
     table = read_journal(tmp_path)
@@ -62,7 +62,7 @@ def test_a_group_that_was_drawn_again_counts_once_and_the_last_time(tmp_path: Pa
 
 
 def test_latents_that_died_with_their_sampler_do_not_cost_the_row(tmp_path: Path) -> None:
-    writer = JournalWriter(tmp_path)
+    writer = JournalWriter(tmp_path, {})
     writer.append(row(0), latents(0))
     writer.append(row(1), None)
     assert writer.flush() == 2
@@ -72,7 +72,7 @@ def test_latents_that_died_with_their_sampler_do_not_cost_the_row(tmp_path: Path
 
 
 def test_rows_that_the_disk_refused_are_written_once_it_has_room(tmp_path: Path) -> None:
-    writer = JournalWriter(tmp_path / "journal")
+    writer = JournalWriter(tmp_path / "journal", {})
     writer.append(row(0), latents(0))
     writer.append(row(1), None)
     (tmp_path / "journal").rename(tmp_path / "away")
@@ -84,7 +84,7 @@ def test_rows_that_the_disk_refused_are_written_once_it_has_room(tmp_path: Path)
 
 
 def test_nothing_appended_writes_nothing(tmp_path: Path) -> None:
-    assert JournalWriter(tmp_path).flush() == 0
+    assert JournalWriter(tmp_path, {}).flush() == 0
     with pytest.raises(FileNotFoundError, match="no journal"):
         read_journal(tmp_path)
 

@@ -1,0 +1,165 @@
+"""The commands that look at what runs leave behind, and turn it into files for others."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.cli_shell import (
+    EXIT_BAD_DATA,
+    Overrides,
+    RecipeArgument,
+    SourceArgument,
+    StorageOption,
+    app,
+    print_table,
+    reported,
+)
+
+
+@app.command("eval")
+@reported
+def evaluate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Adapter folder, checkpoint or run; the recipe's own run by default.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Evaluate base model and adapter at equal prompts and seeds, and print the metric card."""
+    from cluster.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from cluster.evalrun import evaluate_and_record
+
+    typer.echo(evaluate_and_record(loaded, adapter, json_path, notify=typer.echo))
+
+
+@app.command()
+@reported
+def compare(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Run names, run folders or MLflow ids; all by default."),
+    ] = None,
+    storage: Annotated[str, typer.Option(help="Run storage, whose mlflow.db is read.")] = "runs",
+    uri: Annotated[str | None, typer.Option(help="MLflow URI, if it is not the one of the storage.")] = None,
+    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "raysteer",
+    only: Annotated[str | None, typer.Option(help="Show only metrics whose name contains this.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+) -> None:
+    """Show runs side by side: what differs between them, their last figures, their evaluations."""
+    from cluster.compare import as_json, fetch_runs, table
+    from cluster.tracking import TrackingConfig, resolve_uri
+    from raysteer.errors import TrackingError
+
+    address = resolve_uri(TrackingConfig(uri=uri), storage)
+    database = Path(address.removeprefix("sqlite:///"))
+    if address.startswith("sqlite:///") and not database.is_file():
+        raise TrackingError(str(database), "there is no such MLflow database", "give --storage or --uri of your runs")
+    rows = fetch_runs(address, experiment, runs or [])
+    if not rows:
+        raise TrackingError(f"experiment {experiment}", "it has no runs", "train one, or name another --experiment")
+    if json_path is not None:
+        json_path.write_text(as_json(rows) + "\n", encoding="utf-8")
+    print_table(["", *(row.name for row in rows)], table(rows, only))
+
+
+@app.command()
+@reported
+def anchors(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    safe: Annotated[str | None, typer.Option(help="Safe prompts; the recipe's by default.")] = None,
+    unsafe: Annotated[str | None, typer.Option(help="Unsafe prompts; the recipe's by default.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most prompts of each side, a random sample of more.")] = 500,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of anchors.json and anchors.png; <storage>/<run>-anchors by default.")
+    ] = None,
+) -> None:
+    """Show how anchor sets separate safe from unsafe prompts in the recipe's CLIP, and how far alpha moves them."""
+    from cluster.config import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from cluster.anchors import study, write
+
+    report = study(loaded, safe, unsafe, limit, notify=typer.echo)
+    header, lines = report.table()
+    print_table(header, lines)
+    files = write(report, out or Path(loaded.run.storage) / f"{loaded.run.name}-anchors")
+    typer.echo(f"\n{report.legend()}")
+    for kind, file in zip(("figures", "picture"), files, strict=True):
+        typer.echo(f"{kind:<9} {file}")
+
+
+@app.command()
+@reported
+def data(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Folder of a dataset, or of the run that made it.")],
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it: a PNG.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Say whether it can be used with this recipe.")] = None,
+) -> None:
+    """Show what a dataset of scored groups holds, and whether all of it can be read; exit code 1 if not."""
+    from cluster.config import load_recipe
+
+    loaded = None if recipe is None else load_recipe(recipe)
+    from cluster.data import examine
+
+    report = examine(dataset, loaded)
+    typer.echo(report.render() + "\n")
+    print_table(*report.table())
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
+    if plot is not None:
+        from cluster.data_plot import draw
+
+        draw(report, plot)
+    if not report.good:
+        raise typer.Exit(EXIT_BAD_DATA)
+
+
+@app.command()
+@reported
+def export(
+    source: SourceArgument,
+    target: Annotated[str, typer.Argument(metavar="FOLDER", help="Where to write; for kohya also FILE.safetensors.")],
+    form: Annotated[
+        str, typer.Option("--to", metavar="FORM", help="diffusers (a LoRA), kohya (a LoRA), merged (a whole pipeline).")
+    ] = "diffusers",
+    model: Annotated[
+        str | None, typer.Option(help="Base model of the merged form; the one of the run's recipe by default.")
+    ] = None,
+    storage: StorageOption = "runs",
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that is there.")] = False,
+) -> None:
+    """Write the adapter as plain diffusers, kohya-style programs or from_pretrained load it."""
+    from cluster.export import export as run_export
+
+    done = run_export(source, target, form, storage=storage, model=model, force=force)
+    typer.echo(f"wrote {done.path} from {done.source}\nload it with: {done.load_line}")
+
+
+@app.command()
+@reported
+def sample(
+    source: SourceArgument,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; several times for several rows.")] = None,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(help="How much of the adapter, 0 (base model) to 1 (all of it) or 2; several times, or 0,0.5,1."),
+    ] = None,
+    seed: Annotated[str, typer.Option(help="Decides the initial noise, the same in every image.")] = "0",
+    steps: Annotated[str | None, typer.Option(help="Denoising steps; those of the run by default.")] = None,
+    guidance: Annotated[str | None, typer.Option(help="Guidance scale; that of the run by default.")] = None,
+    out: Annotated[str, typer.Option(help="PNG to write.")] = "sample.png",
+    model: Annotated[str | None, typer.Option(help="Base model; the one of the run's recipe by default.")] = None,
+    storage: StorageOption = "runs",
+) -> None:
+    """Draw the same images with more and more of the adapter, side by side in one PNG. Needs no Ray."""
+    from cluster.sample import sample as run_sample
+
+    done = run_sample(source, prompt or [], scale or [], seed, steps, guidance, out, model, storage, notify=typer.echo)
+    typer.echo(f"picture {done}")
