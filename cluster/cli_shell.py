@@ -90,7 +90,7 @@ def print_table(header: list[str], lines: list[tuple[str, list[str]]]) -> None:
 
     shown = Table(box=None, pad_edge=False)
     for index, name in enumerate(header):
-        shown.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        shown.add_column(one_line(name), justify="left" if index == 0 else "right", overflow="fold")
     for label, cells in lines:
         shown.add_row(*(one_line(cell) for cell in (label, *cells)))
     # Outside a terminal rich would cut at 80 columns.

@@ -137,10 +137,11 @@ class DataReport:
             yield from _made_with(data.identity)
         shapes = ", ".join(f"{count} × {list(shape)}" for shape, count in self.shapes().items())
         yield "latents", f"{shapes or 'none'} float32"
-        versions = list(self.versions())
-        if versions:
-            lag = f"{told['lag']['mean']:.1f} versions behind the newest on average"
-            yield "versions", f"{versions[0]} to {versions[-1]}, {told['adapters']} different adapters; {lag}"
+        if told["adapters"] == 1:
+            yield "drawn by", f"one adapter ({short(self.groups[0].checksum)})"
+        elif self.groups:
+            versions, lag = list(self.versions()), f"{told['lag']['mean']:.1f} behind the newest on average"
+            yield "drawn by", f"{told['adapters']} adapters, versions {versions[0]} to {versions[-1]}, {lag}"
         left_out = ", ".join(f"{reason} {count}" for reason, count in sorted(data.skipped.items()))
         yield "left out", left_out or "nothing"
         yield from _first("corrupt", [str(problem) for problem in self.corrupt])
@@ -241,7 +242,7 @@ def _misfits(dataset: GroupDataset, recipe: Recipe) -> Iterator[str]:
 
 def _made_with(identity: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     model = (f"{key} {short(identity.get(key))}" for key in ("denoiser", "vae"))
-    yield "made by", f"{identity.get('source')} {identity.get('run')}, reward {short(identity.get('reward'))}"
+    yield "made by", f"raysteer {identity.get('source')} {identity.get('run')}, reward {short(identity.get('reward'))}"
     yield "model", f"{identity.get('family')}, {', '.join(model)}, {identity.get('resolution')} pixels"
     sampling = identity.get("sampling")
     if isinstance(sampling, Mapping):

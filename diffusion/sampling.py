@@ -148,7 +148,7 @@ class Trajectory:
         Raises:
             ValueError: not latents of images.
         """
-        tensor = torch.as_tensor(latents)
+        tensor = latents if isinstance(latents, torch.Tensor) else torch.from_numpy(np.array(latents))
         if tensor.ndim != 4 or not len(tensor):
             raise ValueError(f"latents must be [group_size, C, h, w], got shape {tuple(tensor.shape)}")
         group, *shape = tensor.shape

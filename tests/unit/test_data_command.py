@@ -59,7 +59,13 @@ def test_the_command_prints_writes_and_draws(dataset: Path, tmp_path: Path) -> N
     figures_file, picture = tmp_path / "found.json", tmp_path / "new" / "found.png"
     result = run(dataset, "--json", str(figures_file), "--plot", str(picture))
     assert result.exit_code == 0, result.output
-    for said in ("5 groups, 20 images, 5 prompts in 2 files", "train made", "duplicate 1, flat 1", "unsafe", "60 %"):
+    for said in (
+        "5 groups, 20 images, 5 prompts in 2 files",
+        "raysteer train made",
+        "duplicate 1, flat 1",
+        "unsafe",
+        "60 %",
+    ):
         assert said in result.output
     assert json.loads(figures_file.read_text()) == json.loads(json.dumps(examine(dataset).as_json()))
     with Image.open(picture) as image:

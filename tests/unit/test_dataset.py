@@ -271,6 +271,24 @@ def test_a_subset_larger_than_the_smallest_group_is_refused(tmp_path: Path) -> N
         dataset.check_subset(4)
 
 
+def test_a_hub_name_that_is_not_here_stands_for_itself(tiny_recipe: RecipeFactory) -> None:
+    from cluster.config import load_recipe
+
+    mine = model_identity(load_recipe(tiny_recipe({"model.path": "nobody/nothing", "model.revision": "v2"})))
+    assert (mine["denoiser"], mine["vae"]) == ("nobody/nothing/denoiser@v2", "nobody/nothing/vae@v2")
+
+
+def test_latents_that_are_missing_in_a_row_are_named(tmp_path: Path) -> None:
+    file = write(tmp_path, row(0), row(1))
+    table = pq.read_table(file)
+    index, column = table.schema.names.index("final_latents"), table["final_latents"].combine_chunks()
+    gone = pa.ExtensionArray.from_storage(column.type, pa.array([column.storage[0].as_py(), None], column.storage.type))
+    pq.write_table(table.set_column(index, "final_latents", gone), file)
+    dataset = GroupDataset.open(tmp_path)
+    with pytest.raises(DatasetError, match=r"part-000001.parquet: rows 0 to 1 cannot be read"):
+        dataset.read(dataset.rows)
+
+
 def test_a_models_identity_is_its_content_and_not_its_place(
     tiny_recipe: RecipeFactory, tmp_path: Path, tiny_pipeline: Path
 ) -> None:
