@@ -161,7 +161,7 @@ class Round:
     def generating(self) -> Recipe:
         """The recipe of its dataset: prompts and noise are its own."""
         run = {
-            "name": f"round-{self.number}",
+            "name": f"{self.recipe.run.name}-round-{self.number}",
             "storage": str(RunFolder(self.recipe.run_dir).rounds),
             "seed": derive_seed(self.recipe.run.seed, "round", self.number) % 2**31,
         }

@@ -78,6 +78,10 @@ class Plan:
         last = sampling.steps - 1 if trained.last is None else trained.last
         gdro = isinstance(recipe.objective, GDROConfig)
         kept = f"{self.trained_steps} of them trained ({trained.mode}, from [{trained.first}, {last})){others}"
+        drawn = (
+            f"{sampling.steps} denoising steps, {self.noise}, guidance {sampling.guidance_scale:g}; "
+            f"{'the learner sees the final latents only' if gdro else kept}"
+        )
         benign = "safe or utility" if any(s.prompt_class == "utility" for s in recipe.prompts.sources or ()) else "safe"
         return [
             (
@@ -85,11 +89,7 @@ class Plan:
                 f"{groups} prompts × {sampling.group_size} images each = {self.images_per_step} images "
                 f"({self.unsafe_groups} unsafe prompts, {groups - self.unsafe_groups} {benign})",
             ),
-            (
-                "one image",
-                f"{sampling.steps} denoising steps, {self.noise}, guidance {sampling.guidance_scale:g}; "
-                f"{'the learner sees the final latents only' if gdro else kept}",
-            ),
+            *(_dataset(recipe) if recipe.offline is not None else (("one image", drawn),)),
             (
                 "one update",
                 f"{self.images_per_update_per_rank} images × {self.steps_per_update} "
@@ -104,9 +104,10 @@ class Plan:
             ),
             (
                 "whole run",
-                f"{recipe.run.steps} steps × {updates} = {self.updates} optimiser updates on {self.images:,} images",
+                f"{recipe.run.steps} steps × {updates} = {self.updates} optimiser updates on {self.images:,} images"
+                f"{', many of them more than once' if recipe.offline is not None else ''}",
             ),
-            ("staleness", self.expected_lag),
+            *((("staleness", self.expected_lag),) if recipe.offline is None else ()),
         ]
 
     def _placement(self) -> list[tuple[str, str]]:
@@ -147,6 +148,22 @@ class Plan:
         return sum(role.count * getattr(role, what) for role in self.roles)
 
 
+def _dataset(recipe: Recipe) -> list[tuple[str, str]]:
+    """Where an offline run has its images from."""
+    offline, generated = recipe.offline, recipe.generate
+    assert offline is not None, "only a recipe with a section offline learns from a dataset"
+    if offline.data is not None:
+        return [("dataset", f"{offline.data} (raysteer data says what is in it); nothing is drawn")]
+    steps = recipe.sampling.steps if generated.steps is None else generated.steps
+    rounds = (
+        f"{offline.rounds} × {recipe.run.steps // offline.rounds} steps, each on {generated.groups} groups of its own"
+    )
+    return [
+        ("rounds", rounds),
+        ("one image", f"{steps} denoising steps without noise, drawn with the adapter of the rounds before"),
+    ]
+
+
 def _without_gradient(recipe: Recipe) -> str:
     """Further denoiser passes of a batch, in words."""
     if isinstance(recipe.objective, GDROConfig):
@@ -178,6 +195,7 @@ def resolve(recipe: Recipe) -> Plan:
     if facts is not None and facts.component == "transformer":
         noise = f"noise {flow.kind} {flow.level:g}"
     staleness = recipe.buffer.max_staleness
+    alone = recipe.offline is not None and recipe.offline.data is not None
     if staleness == 0:
         lag = "0: strictly on-policy; samplers wait while the learner learns"
     else:
@@ -197,7 +215,7 @@ def resolve(recipe: Recipe) -> Plan:
         doubled=doubled,
         noise=noise,
         images=images * recipe.run.steps,
-        roles=role_memory(recipe, facts),
+        roles=tuple(one for one in role_memory(recipe, facts) if not alone or one.role == "learner"),
         adapter_parameters=None if facts is None else facts.adapter_parameters,
         object_store=store,
         expected_lag=lag,

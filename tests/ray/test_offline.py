@@ -65,7 +65,7 @@ def test_rounds_draw_with_what_the_rounds_before_have_learned(world: World, ray_
     recipe = world.recipe("rounds", **changes)
     result = train(recipe)
     assert (result.status, result.steps) == ("finished", 2)
-    first, second = (GroupDataset.open(result.run_dir / "rounds" / f"round-{n}") for n in (1, 2))
+    first, second = (GroupDataset.open(result.run_dir / "rounds" / f"rounds-round-{n}") for n in (1, 2))
     assert len(first.rows) == len(second.rows) == 4
     after_one = load_adapter_file(result.run_dir / "rounds" / "round-2-adapter")
     assert {group.checksum for group in second.read(second.rows)} == {checksum(after_one)}

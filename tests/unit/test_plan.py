@@ -17,7 +17,7 @@ from cluster.config import load_recipe
 from cluster.modelfiles import count_parameters, read_pipeline
 from cluster.plan import preflight, resolve
 from cluster.runlock import LOCK_FILE, STALE_AFTER_S, RunLock, read_holder
-from raysteer.errors import StorageError
+from raysteer.errors import ConfigError, StorageError
 from tests.conftest import RecipeFactory
 from tests.tiny_flow import tiny_flux
 
@@ -173,3 +173,29 @@ def test_preflight_of_a_good_recipe_holds_the_run(tiny_recipe: RecipeFactory) ->
     assert lock is not None
     assert (recipe.run_dir / LOCK_FILE).exists()
     lock.release()
+
+
+def test_an_offline_plan_says_where_its_images_come_from(tiny_recipe: RecipeFactory, tmp_path: Path) -> None:
+    gdro = {"objective": {"name": "gdro"}, "run.steps": 6}
+    rounds = load_recipe(tiny_recipe(gdro | {"offline": {"rounds": 3}, "generate": {"groups": 8}}))
+    text = resolve(rounds).render()
+    assert "3 × 2 steps, each on 8 groups of its own" in text and "without noise" in text and "samplers" in text
+    text = resolve(load_recipe(tiny_recipe(gdro | {"offline": {"data": str(tmp_path)}}))).render()
+    assert str(tmp_path) in text and "nothing is drawn" in text
+    assert "samplers" not in text and "reward workers" not in text and "staleness" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offline": {"data": "x", "rounds": 2}}, r"offline.*rounds \(2\) generate their own groups"),
+        ({"offline": {"rounds": 2}, "run.steps": 5}, r"run\.steps.*multiple of offline\.rounds \(2\); 4 would do"),
+        ({"offline": {}, "objective": {"name": "grpo"}}, r"objective\.name.*final images.*use gdro"),
+        ({"offline": {}, "generate": {"groups": 1}}, r"generate\.groups.*run\.groups_per_step \(2\)"),
+    ],
+)
+def test_an_impossible_offline_recipe_is_refused_by_its_key(
+    tiny_recipe: RecipeFactory, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(tiny_recipe({"objective": {"name": "gdro"}} | changes))
