@@ -11,7 +11,7 @@ from the disk, so the same command goes on wherever a run was ended, in a genera
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from cluster.config import Recipe
 from cluster.generate import generate
 from cluster.identity import model_identity
 from cluster.services import LearnerThread, start_desk
+from cluster.stopping import withdraw_stop
 from cluster.storage import RunFolder, write_atomic
 from cluster.tickets import derive_seed
 from cluster.train import Consumer, Observer, RunResult, Training, carry_out
@@ -121,12 +122,16 @@ def train_offline(recipe: Recipe, lock: RunLock | None, observe: Observer | None
         if offline.data is not None:
             dataset = find_dataset(offline.data)
             return carry_out(OfflineTraining(recipe, dataset, 0, recipe.run.steps), None, observe)
+        folder = RunFolder(recipe.run_dir).create()
+        withdraw_stop(folder)
+        write_atomic(folder.recipe, recipe.to_yaml().encode())  # status and stop know a run by it, in a generation too
         for number in range(1, offline.rounds + 1):
             result = play_round(Round(recipe, number), observe)
             if result.status != "finished":
                 break
         return result
     finally:
+        withdraw_stop(RunFolder(recipe.run_dir))
         if lock is not None:
             lock.release()
 
@@ -168,6 +173,18 @@ class Round:
         return self.recipe.model_copy(update={"run": self.recipe.run.model_copy(update=run), "offline": None})
 
 
+def pass_on_stop(run: RunFolder, generation: RunFolder, observe: Observer | None) -> Observer:
+    """An observer of a generation that hands on what `raysteer stop` asks of the run it is for."""
+
+    def watch(snapshot: dict[str, Any]) -> None:
+        if run.stop_request.exists():
+            generation.stop_request.touch()
+        if observe is not None:
+            observe(snapshot)
+
+    return watch
+
+
 def play_round(this: Round, observe: Observer | None) -> RunResult:
     """Generate the dataset of a round and learn from it, as far as that has not been done."""
     recipe, folder = this.recipe, RunFolder(this.generating.run_dir)
@@ -176,8 +193,9 @@ def play_round(this: Round, observe: Observer | None) -> RunResult:
     if done < this.ends_at:
         if done == this.begins_at and this.number > 1 and not this.adapter.exists():
             training.export(this.adapter)
-        drawn = generate(this.generating, str(this.adapter) if this.number > 1 else None, observe)
+        watching = pass_on_stop(training.folder, folder, observe)
+        drawn = generate(this.generating, str(this.adapter) if this.number > 1 else None, watching)
         if drawn.status != "finished":
-            return drawn
+            return replace(drawn, run_dir=recipe.run_dir, steps=done)
         check_dataset(recipe, folder.journal)
     return carry_out(OfflineTraining(recipe, folder.journal, this.begins_at, this.ends_at), None, observe)
