@@ -179,7 +179,7 @@ def main(folder: str, report: str, recipes: dict[str, str]) -> None:
 def play(world: World, folder: Path) -> dict[str, Any]:
     """What became of every scenario; its report is written into `folder`. RAY_TMPDIR is short: sockets need it."""
     names: dict[str, dict[str, Any]] = {
-        "impossible": {"samplers": _MEMBERS["samplers"] | {"labels": {"pool": "nowhere"}}},
+        "impossible": {"samplers": _MEMBERS["samplers"] | {"num_gpus": 0.0, "labels": {"pool": "nowhere"}}},
         "come_and_go": {section: sizes | {"min": 1, "max": 2} for section, sizes in _MEMBERS.items()}
         | {"learner__labels": {"pool": "learning"}},
         "fewer_ranks": _MEMBERS
@@ -213,7 +213,7 @@ def adapters(found: Path, expected: Path) -> list[tuple[np.ndarray, np.ndarray]]
 
 def test_a_plan_that_no_node_can_hold_is_refused_by_what_is_missing(scenarios: dict[str, Any], world: World) -> None:
     refused = scenarios["impossible"]["refused"]
-    assert "no room for 1 of 1 samplers, one needs 0.1 CPU + 0.5 GPU + 1 draw on a node with pool=nowhere" in refused
+    assert "no room for 1 of 1 samplers, one needs 0.1 CPU + 1 draw on a node with pool=nowhere" in refused
     assert "pool is learning" in refused
     assert not list((world.folder / "runs" / "nodes-impossible").glob("journal/*")), "nothing was started"
 
