@@ -13,18 +13,15 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-from pydantic import BaseModel, Field
 
 from actors.leases import Lease, Outcome, Preview, Stop, Wait
 from cluster.activity import Meter
+from cluster.buffer_settings import BufferSettings
 from cluster.ledger import Ledger, LedgerError, State
 from cluster.previews import PreviewSchedule
 from cluster.roster import Roster
 from cluster.scoring import DrawnGroup, DropWatch, Scorer, as_coroutine, journal_row
-from cluster.tickets import TicketSource
 from learner.batches import Batch, StopTraining
 from raysteer.calls import plain
 from raysteer.errors import DeadlineExceeded, UserError
@@ -34,34 +31,6 @@ TICK_S = 1.0
 JOURNAL_TIMEOUT_S = 90.0  # less than the learner waits for a checkpoint's ledger, so that the journal is named
 
 logger = logging.getLogger(__name__)
-
-
-class BufferConfig(BaseModel, frozen=True, extra="forbid"):
-    """`max_staleness`: largest version lag of a consumed group; 0 is strictly on-policy and reproducible.
-    `lease_ttl_s`: how long a sampler may take for one group before its ticket goes to another."""
-
-    max_staleness: int = Field(default=1, ge=0)
-    lease_ttl_s: float = Field(default=300.0, gt=0.0)
-
-
-@dataclass(frozen=True)
-class BufferSettings:
-    """What the buffer needs of a recipe."""
-
-    tickets: TicketSource
-    groups_per_step: int
-    max_staleness: int
-    lease_ttl_s: float
-    total_groups: int
-    max_attempts: int
-    score_timeout_s: float
-    preview_every: int = 0
-    preview_prompts: tuple[str, ...] = ()
-    preview_seed: int = 0
-
-    @property
-    def steps(self) -> int:
-        return self.total_groups // self.groups_per_step
 
 
 class RolloutBuffer:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, fiel
 
 from actors.reward_worker import RewardWorkersConfig
 from actors.sampler import SamplersConfig
-from cluster.buffer import BufferConfig
+from cluster.buffer_settings import BufferConfig
 from cluster.kubernetes.config import KubernetesConfig
 from cluster.layout import check_needs
 from cluster.prompts import PromptsConfig
@@ -312,6 +312,12 @@ def check_offline(recipe: Recipe) -> None:
             "objective.name",
             "grpo",
             "a dataset has final images, and no steps with their probabilities: use gdro, or leave out section offline",
+        )
+    if recipe.reward.mix == "group":
+        raise ConfigError(
+            "reward.mix",
+            "group",
+            "it mixes the parts of a reward as they arrive, and a dataset is learned by its totals: use sum",
         )
     if steps % offline.rounds:
         length = max(1, round(steps / offline.rounds))

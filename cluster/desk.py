@@ -21,13 +21,7 @@ class Desk:
         skipped: groups of the dataset that cannot be learned from, by reason.
     """
 
-    def __init__(
-        self,
-        steps: int,
-        groups_per_step: int,
-        group_size: int,
-        skipped: Mapping[str, int],
-    ) -> None:
+    def __init__(self, steps: int, groups_per_step: int, group_size: int, skipped: Mapping[str, int]) -> None:
         self.steps, self.groups_per_step, self.group_size = steps, groups_per_step, group_size
         self.skipped = dict(skipped)
         self.version = 0

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from actors.reward_worker import RewardWorker
 from actors.sampler import Sampler
-from cluster.buffer import BufferSettings, RolloutBuffer
+from cluster.buffer import RolloutBuffer
+from cluster.buffer_settings import BufferSettings
 from cluster.desk import Desk
 from cluster.journal import Journal
 from cluster.layout import lay_out, need_of

@@ -112,7 +112,6 @@ class DatasetSource:
     """What was drawn and scored before. Args: desk actor (see cluster.desk), which knows whether to go on."""
 
     def __init__(self, settings: OfflineSettings, desk: Any, ranks: Ranks, timeout_s: float) -> None:
-
         from learner.dataset import GroupDataset
 
         self.settings, self.desk, self.ranks, self.timeout_s = settings, desk, ranks, timeout_s

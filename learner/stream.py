@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from learner.order import Run
 
 READER_CPUS = 0.1  # reading is waiting for a disk; a whole CPU each could leave none for the ranks
-AHEAD = 2  # batches a rank holds that it has not asked for yet
 
 
 class GroupStream:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cluster.buffer import BufferSettings, RolloutBuffer
+from cluster.buffer import RolloutBuffer
+from cluster.buffer_settings import BufferSettings
 from cluster.prompts import PromptSet
 from cluster.tickets import TicketSource
 

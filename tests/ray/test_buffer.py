@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from actors.leases import Lease, Outcome, Preview, Stop, Wait
-from cluster.buffer import BufferSettings, RolloutBuffer
+from cluster.buffer import RolloutBuffer
+from cluster.buffer_settings import BufferSettings
 from cluster.prompts import PromptSet
 from cluster.scoring import DROP_WINDOW
 from cluster.tickets import TicketSource

@@ -191,6 +191,15 @@ def test_an_offline_plan_says_where_its_images_come_from(tiny_recipe: RecipeFact
         ({"offline": {"data": "x", "rounds": 2}}, r"offline.*rounds \(2\) generate their own groups"),
         ({"offline": {"rounds": 2}, "run.steps": 5}, r"run\.steps.*multiple of offline\.rounds \(2\); 4 would do"),
         ({"offline": {}, "objective": {"name": "grpo"}}, r"objective\.name.*final images.*use gdro"),
+        (
+            {
+                "offline": {},
+                "objective": {"name": "gdro", "std": "group"},
+                "reward.mix": "group",
+                "reward.terms": [{"name": "jpeg_compressibility"}],
+            },
+            r"reward\.mix.*learned by its totals: use sum",
+        ),
         ({"offline": {}, "generate": {"groups": 1}}, r"generate\.groups.*run\.groups_per_step \(2\)"),
     ],
 )
