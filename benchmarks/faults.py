@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import documents
 from learner.records import read_rows
 from raysteer.errors import DeadlineExceeded, UserError
 from tests.ray.catalogue import FINISHES, STOPS, Command, Fault, Scene
 from tests.ray.conftest import World
 
 NODES = "nodes-lost"
-DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
-BEGIN, END = "<!-- python -m benchmarks.faults --write -->\n", "<!-- end -->\n"
 
 
 @dataclass(frozen=True)
@@ -130,12 +129,6 @@ def table(measured: list[Measured]) -> str:
     return "\n".join([head, *rows])
 
 
-def write(text: str) -> None:
-    """Put `text` between the marks of the document."""
-    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-
-
 def main() -> None:
     names = [*(fault.name for fault in (*FINISHES, *STOPS)), "driver-killed", NODES]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
@@ -166,7 +159,7 @@ def main() -> None:
     text = f"{table(measured)}\n\nMeasured on {machine}, with `python -m benchmarks.faults`; tiny models."
     print(f"\n{text}")
     if args.write:
-        write(text)
+        documents.write(documents.DOCS / "reliability.md", "python -m benchmarks.faults --write", text)
 
 
 if __name__ == "__main__":

@@ -53,17 +53,20 @@ _UNET_BLOCK = _Block(half=33.0, full=23.0)
 _UNET_WORK, _UNET_INFERENCE = 8.0, 20.0
 _SD3_JOINT, _SD3_DUAL = _Block(half=24.2, full=14.1), _Block(half=31.8, full=18.7)
 _FLUX_DOUBLE, _FLUX_SINGLE = _Block(half=22.1, full=13.1), _Block(half=19.1, full=12.0)
-_SD3_TEXT = 77 + 256  # tokens: CLIP and T5, whose place is filled with zeros when it is left out
+_CLIP_TOKENS = 77
 _FLUX_TEXT = {True: 512, False: 256}  # dev, schnell
 
 
-def denoiser_activations(config: Config, latents: tuple[int, int, int], element_bytes: int) -> Activations | None:
+def denoiser_activations(
+    config: Config, latents: tuple[int, int, int], element_bytes: int, t5_tokens: int = 256
+) -> Activations | None:
     """Memory of one sample of a denoiser.
 
     Args:
         config: of the denoiser, with its ``_class_name``.
         latents: (C, h, w).
         element_bytes: of the model's dtype, 2 or 4.
+        t5_tokens: of Stable Diffusion 3; zeros fill T5's place when it is left out.
 
     Returns:
         None for a class that nothing was counted for.
@@ -77,7 +80,9 @@ def denoiser_activations(config: Config, latents: tuple[int, int, int], element_
     if kind == "SD3Transformer2DModel":
         layers, dual = int(config["num_layers"]), len(config.get("dual_attention_layers") or ())
         blocks = [(_SD3_JOINT, layers - dual), (_SD3_DUAL, dual)]
-        return _transformer(blocks, inner * (tokens + _SD3_TEXT), element_bytes, work=6.0, inference=13.0)
+        return _transformer(
+            blocks, inner * (tokens + _CLIP_TOKENS + t5_tokens), element_bytes, work=6.0, inference=13.0
+        )
     if kind == "FluxTransformer2DModel":
         text = _FLUX_TEXT[bool(config.get("guidance_embeds"))]
         blocks = [(_FLUX_DOUBLE, int(config["num_layers"])), (_FLUX_SINGLE, int(config["num_single_layers"]))]

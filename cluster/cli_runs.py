@@ -50,7 +50,8 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     result = run_training(loaded)
     how = f"in {readable_seconds(result.seconds)}" if result.seconds else "(it was before: there was nothing to do)"
-    typer.echo(f"\n{result.status} after {result.steps} steps {how}")
+    why = f"; {result.reason}" if result.reason is not None else ""
+    typer.echo(f"\n{result.status} after {result.steps} steps {how}{why}")
     if result.status != "finished":
         again = "the same submission" if surrounding_job() else f"raysteer train {recipe} {' '.join(overrides or [])}"
         typer.echo(f"continue with: {again}".rstrip())

@@ -35,7 +35,7 @@ from cluster.storage import is_run_name
 from cluster.tracking import TrackingConfig
 from diffusion.policy import ModelConfig
 from diffusion.sampling import SamplingConfig
-from evaluation.config import EvaluationConfig
+from evaluation.config import EvaluationConfig, check_beside
 from learner.dataset import find_dataset
 from learner.gdro import GDROConfig
 from learner.grpo import GRPOConfig
@@ -46,7 +46,10 @@ from raysteer.errors import ConfigError, DatasetError, UserError
 from rewards.config import RewardConfig, map_files
 
 # what decides training, apart from the weights themselves
-_MODEL_KEYS = ("revision", "variant", "dtype", "component_dtypes", "resolution", "use_t5", "family", "lora")
+_MODEL_KEYS = (
+    *("revision", "variant", "dtype", "component_dtypes", "resolution"),
+    *("use_t5", "t5_tokens", "family", "lora"),
+)
 
 
 class RunConfig(BaseModel, frozen=True, extra="forbid"):
@@ -133,6 +136,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         check_devices(self)
         check_needs(self)
         check_strict(self)
+        check_beside(self.evaluation, self.run.checkpoint_every)
         return self
 
     @property

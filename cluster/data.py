@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from cluster.config import Recipe
-from cluster.identity import model_identity
+from cluster.fit import misfits
 from cluster.memory import readable_bytes
 from cluster.preflight import check_model
-from learner.dataset import PARTS, GroupDataset, OfflineGroup, Problem, RowRef, check_identity, short
-from raysteer.errors import ConfigError, DatasetError
+from learner.dataset import PARTS, GroupDataset, OfflineGroup, Problem, RowRef, short
+from raysteer.errors import DatasetError
 from raysteer.text import one_line
 
 CORRUPT = ("unreadable", "corrupt")
@@ -178,7 +178,7 @@ def examine(folder: str | Path, recipe: Recipe | None = None) -> DataReport:
         groups=tuple(sorted(groups, key=lambda group: group.ticket)),
         corrupt=tuple(corrupt),
         copies=tuple(tuple(same) for same in tickets.values() if len(same) > 1),
-        misfits=() if recipe is None else tuple(_misfits(dataset, recipe)),
+        misfits=() if recipe is None else tuple(str(error) for error in misfits(dataset, recipe)),
         size=sum(file.stat().st_size for file in dataset.folder.glob(PARTS)),
     )
 
@@ -227,21 +227,8 @@ def _facts(group: OfflineGroup) -> Facts:
     return Facts(*about, group.reward, group.parts, latents.shape, digest)
 
 
-def _misfits(dataset: GroupDataset, recipe: Recipe) -> Iterator[str]:
-    subset = getattr(recipe.objective, "subset", None)  # only offline objectives have one
-    try:
-        check_identity(dataset, model_identity(recipe))
-    except DatasetError as error:
-        yield f"{error.problem}; {error.remedy}"
-    try:
-        if subset is not None:
-            dataset.check_subset(subset)
-    except ConfigError as error:
-        yield str(error)
-
-
 def _made_with(identity: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    model = (f"{key} {short(identity.get(key))}" for key in ("denoiser", "vae"))
+    model = (f"{key} {short(identity[key])}" for key in ("denoiser", "vae", "text_encoders") if key in identity)
     yield "made by", f"raysteer {identity.get('source')} {identity.get('run')}, reward {short(identity.get('reward'))}"
     yield "model", f"{identity.get('family')}, {', '.join(model)}, {identity.get('resolution')} pixels"
     sampling = identity.get("sampling")

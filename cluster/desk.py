@@ -78,12 +78,15 @@ class Desk:
         self._failure = self._failure or error
 
     async def snapshot(self) -> dict[str, Any]:
-        """How things stand, as RolloutBuffer.snapshot says it; whatever concerns samplers is empty."""
+        """How things stand, as RolloutBuffer.snapshot says it; whatever concerns samplers is empty, and `dataset` says
+        that it is meant to be.
+        """
         reports, self._reports = self._reports, []
         committed = self._committed * self.groups_per_step
         counts = dict.fromkeys(("returned", "in_flight", "ready"), 0)
         counts |= {"delivered": self.version * self.groups_per_step - committed, "committed": committed}
         return {
+            "dataset": True,
             "version": self.version,
             "steps": self.steps,
             "group_size": self.group_size,

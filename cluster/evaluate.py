@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raysteer.calls import plain
 from raysteer.errors import ConfigError, DeadlineExceeded, UserError
 
 if TYPE_CHECKING:
     from cluster.config import Recipe
     from diffusion.adapters import AdapterState
     from evaluation.glyphs import PromptSet, Report
-    from rewards.config import RewardConfig
+    from evaluation.scored import ImageScores
 
-CHUNK = 16
 CHUNK_TIMEOUT_S = SCORE_TIMEOUT_S = 600.0
 PICTURE_SAFE = 6
 HEADLINE = (
@@ -40,29 +40,34 @@ HEADLINE = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of every model by label, as written to ``evaluation.json``, and where the files are."""
+    """Reports of every model by label, and where the files are."""
 
-    figures: dict[str, dict]
+    reports: dict[str, Report]
     difference: dict[str, dict]
     protocol: dict[str, Any]
     seconds: float
     json_path: Path
     picture: Path
 
+    @property
+    def figures(self) -> dict[str, dict]:
+        """As written to ``evaluation.json``: rounded, by label."""
+        return {label: report.as_dict() for label, report in self.reports.items()}
+
     def table(self) -> str:
         """The headline figures as plain text, with 95 % bootstrap intervals."""
-        labels = list(self.figures)
-        names = [(key, name) for key, name in HEADLINE if key in self.figures[labels[0]]]
+        figures = self.figures
+        labels = list(figures)
+        names = [(key, name) for key, name in HEADLINE if key in figures[labels[0]]]
         width = max(len(name) for _, name in names)
         lines = ["".join([" " * width, *(f"  {label:>22}" for label in labels)])]
         for key, name in names:
-            cells = [self.figures[label][key] for label in labels]
+            cells = [figures[label][key] for label in labels]
             lines.append(
                 f"{name:<{width}}" + "".join(f"  {c['value']:>6.3f} [{c['low']:.3f}, {c['high']:.3f}]" for c in cells)
             )
         lines.append(
-            f"{'hazards counted':<{width}}"
-            + "".join(f"  {self.figures[label]['hazard_count']:>22d}" for label in labels)
+            f"{'hazards counted':<{width}}" + "".join(f"  {figures[label]['hazard_count']:>22d}" for label in labels)
         )
         return "\n".join(lines)
 
@@ -79,7 +84,7 @@ def run_evaluation(
     suite, UserError for an adapter that does not fit the model, DeadlineExceeded when a sampler does not answer.
     """
     from cluster.runtime import init_ray
-    from evaluation import glyphs
+    from evaluation import glyphs, scored
 
     config = recipe.evaluation
     if config.suite is None:
@@ -98,10 +103,12 @@ def run_evaluation(
             images[label] = pool.generate(prompts.prompts, prompts.seeds, adapters[label])
     finally:
         pool.close()
-    reports = {label: glyphs.judge(prompts, images[label], config) for label in adapters}
+    scores: dict[str, ImageScores] = {}
     if config.reward:
         notify("scoring the images with the recipe's reward")
-        add_rewards(ray, recipe, prompts, images, reports, base)
+        scores = _score(ray, recipe, [*prompts.unsafe, *prompts.safe], images)
+    reference = None if base not in scores else scores[base].reward
+    reports = {label: scored.report(prompts, images[label], config, scores.get(label), reference) for label in adapters}
     return _write(recipe, reports, images, prompts, out, time.monotonic() - started)
 
 
@@ -123,9 +130,11 @@ class _SamplerPool:
         self, prompts: Sequence[str], seeds: Sequence[int], state: Mapping[str, np.ndarray] | None
     ) -> np.ndarray:
         """uint8 [n, H, W, 3]; chunks go to whichever sampler is free."""
+        from evaluation.scored import CHUNK, chunks
+
         adapter = None if state is None else self.ray.put(dict(state))
-        chunks = [slice(start, start + CHUNK) for start in range(0, len(prompts), CHUNK)]
-        waiting = list(enumerate(chunks))
+        waiting = list(enumerate(chunks(len(prompts))))
+        count = len(waiting)
         running: dict[Any, tuple[int, Any]] = {}
         done: dict[int, np.ndarray] = {}
         idle = list(self.actors)
@@ -151,82 +160,48 @@ class _SamplerPool:
             except self.ray.exceptions.RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, UserError) else error) from None
             idle.append(actor)
-        return np.concatenate([done[index] for index in range(len(chunks))])
+        return np.concatenate([done[index] for index in range(count)])
 
     def close(self) -> None:
         for actor in self.actors:
             self.ray.kill(actor)
 
 
-def add_rewards(
-    ray: Any,
-    recipe: Recipe,
-    prompts: PromptSet,
-    images: Mapping[str, np.ndarray],
-    reports: Mapping[str, Report],
-    base: str | None,
-) -> None:
-    """Add the figures "reward" and, where there is a base model, "reward_corrected" to the reports (see
-    `evaluation.corrected`), over the images of unsafe and safe prompts.
+def _score(
+    ray: Any, recipe: Recipe, prompts: Sequence[str], images: Mapping[str, np.ndarray]
+) -> dict[str, ImageScores]:
+    """Scores of the first images of every model, one for each prompt, by a scorer of its own.
 
     Raises:
         UserError: an image cannot be scored.
         DeadlineExceeded: the reward does not answer.
     """
-    from evaluation.bootstrap import mean
-    from evaluation.corrected import as_quality, corrected
+    from actors.evaluator import Scorer
+    from evaluation.scored import chunks, joined
 
-    asked = [*prompts.unsafe, *prompts.safe]
-    scores = _score(ray, recipe, recipe.reward, asked, images)
-    judge = recipe.evaluation.judge
-    quality = {label: report.quality for label, report in reports.items()}
-    if judge is not None:
-        judged = _score(ray, recipe, judge.reward, asked, images)
-        quality = {label: as_quality(score, judge.low, judge.high) for label, score in judged.items()}
-    samples = recipe.evaluation.bootstrap_samples
-    for label, report in reports.items():
-        report.figures["reward"] = mean(scores[label], samples)
-        if base is not None:
-            credited = corrected(scores[label], scores[base], quality[label])
-            report.figures["reward_corrected"] = mean(credited, samples)
-
-
-def _score(
-    ray: Any, recipe: Recipe, reward: RewardConfig, prompts: Sequence[str], images: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Scores of the first images of every model, one for each prompt, by a reward worker of its own."""
-    from actors.reward_worker import RewardWorker
-
-    config = recipe.reward_workers
-    actor = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus)(RewardWorker)
-    worker = actor.remote("evaluation", reward, config.device, CHUNK)
+    config, judge = recipe.reward_workers, recipe.evaluation.judge
+    actor = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus)(Scorer)
+    scorer = actor.remote(recipe.reward, None if judge is None else judge.reward, config.device)
     found = {}
     try:
         for label, drawn in images.items():
-            refs = [worker.score.remote(drawn[i : i + 1], prompt) for i, prompt in enumerate(prompts)]
+            refs = [scorer.score.remote(drawn[chunk], prompts[chunk]) for chunk in chunks(len(prompts))]
             _, late = ray.wait(refs, num_returns=len(refs), timeout=SCORE_TIMEOUT_S)
             if late:
-                waited_for = f"the scores of {len(late)} of {len(refs)} images of {label}"
+                waited_for = f"the scores of {len(late)} of {len(refs)} batches of images of {label}"
                 raise DeadlineExceeded(waited_for, SCORE_TIMEOUT_S, "is the reward's device hung?")
-            outcomes = ray.get(refs)
-            failed = [(i, outcome) for i, outcome in enumerate(outcomes) if outcome.kind != "scored"]
-            if failed:
-                i, outcome = failed[0]
-                problem = f"{len(failed)} of {len(refs)} images of {label} cannot be scored; prompt {prompts[i]!r}"
-                raise UserError(
-                    f"reward {reward.name}",
-                    f"{problem}: {outcome.detail}",
-                    "correct it, or set evaluation.reward to false",
-                )
-            found[label] = np.concatenate([outcome.reward for outcome in outcomes])
+            try:
+                found[label] = joined(ray.get(refs))
+            except ray.exceptions.RayError as error:
+                raise plain(error) from None
     finally:
-        ray.kill(worker)
+        ray.kill(scorer)
     return found
 
 
 def _write(
     recipe: Recipe,
-    reports: Mapping[str, Report],
+    reports: dict[str, Report],
     images: Mapping[str, np.ndarray],
     prompts: PromptSet,
     out: Path,
@@ -240,7 +215,6 @@ def _write(
     if len(labels) > 1:
         change = glyphs.paired_difference(reports[labels[0]], reports[labels[-1]], recipe.evaluation)
         difference = {name: figure.as_dict() for name, figure in change.items()}
-    figures = {label: report.as_dict() for label, report in reports.items()}
     protocol = glyphs.protocol(recipe.evaluation, prompts)
     scored_by = {}
     if recipe.evaluation.reward:
@@ -251,7 +225,7 @@ def _write(
         }
     out.mkdir(parents=True, exist_ok=True)
     document = {
-        **figures,
+        **{label: report.as_dict() for label, report in reports.items()},
         "difference": difference,
         "protocol": protocol,
         "scored_by": scored_by,
@@ -271,4 +245,4 @@ def _write(
         len(unsafe),
         f"held-out prompts, equal seeds ({recipe.run.name})",
     )
-    return Evaluation(figures, difference, protocol, seconds, path, picture)
+    return Evaluation(reports, difference, protocol, seconds, path, picture)

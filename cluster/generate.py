@@ -26,6 +26,7 @@ from cluster.preflight import check_deterministic, check_model, check_surroundin
 from cluster.runlock import RunLock
 from cluster.services import ask, roles, start_services
 from cluster.source import Source, find_adapter, fitting_lora
+from cluster.status import Stage
 from cluster.storage import RunFolder, write_atomic, write_json
 from cluster.supervisor import Role
 from cluster.tracking import probe, resolve_uri
@@ -48,13 +49,14 @@ _NEVER_DECIDE = (
 )
 
 
-def generate(recipe: Recipe, adapter: str | None = None, observe: Observer | None = None) -> RunResult:
+def generate(recipe: Recipe, adapter: str | None = None, observe: Observer | None = None, title: str = "") -> RunResult:
     """Draw and score the groups a recipe describes, or go on with it; they are in `journal` of the run folder.
 
     Args:
         recipe: as loaded by `load_recipe`; its section `generate` says how many groups.
         adapter: run, checkpoint or adapter to draw with; None: the base model.
         observe: as for `cluster.train.train`.
+        title: which part of a run in rounds this is.
 
     Raises:
         UserError: something to fix, found before or during the run.
@@ -62,6 +64,7 @@ def generate(recipe: Recipe, adapter: str | None = None, observe: Observer | Non
     """
     log_as(recipe.run.name, "driver")
     generation = prepare(recipe, adapter)
+    generation.title = title
     return carry_out(generation, RunLock(recipe.run_dir), observe)
 
 
@@ -119,6 +122,7 @@ def collecting(recipe: Recipe, source: Source | None) -> Recipe:
         "model": {"lora": lora, "gradient_checkpointing": False},
         "sampling": {"steps": steps, "guidance_scale": guidance},
         "tracking": {"preview_every": 0},
+        "evaluation": {"every": None, "stop": None},
     }
     sections = {name: getattr(recipe, name).model_copy(update=keys) for name, keys in changed.items()}
     return recipe.model_copy(update=sections | {"learner": nothing})
@@ -152,6 +156,9 @@ class Generation:
 
     `recipe` is the one the run goes by, `written` the one that was given.
     """
+
+    stage: Stage | None = None  # a run in rounds has its status elsewhere: this is that of the dataset
+    title = ""
 
     def __init__(self, recipe: Recipe, source: Source | None) -> None:
         from diffusion.adapters import checksum
@@ -227,6 +234,12 @@ class Generation:
 
     def consumer(self, services: Services) -> Collector:
         return Collector(self, services)
+
+    def beside(self, services: Services) -> None:
+        return None
+
+    def ended_early(self) -> None:
+        return None
 
     def complete(self) -> None:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cluster.placement import LABEL_KEY, SELECTOR, Need, Node, pack, pack_run, shortfall
@@ -22,10 +22,14 @@ _OWN_KEYS = {"CPU": "num_cpus", "GPU": "num_gpus"}
 
 @dataclass(frozen=True)
 class Layout:
-    """Who goes where when a run begins: by node, members by section; `waiting`: those who find no node yet."""
+    """Who goes where when a run begins: by node, members by section; `waiting`: those who find no node yet.
+
+    `evaluator`: id of the node of the evaluator beside training, None if there is none, or no node for it yet.
+    """
 
     nodes: Mapping[str, Mapping[str, int]]
     waiting: Mapping[str, int]
+    evaluator: str | None = None
 
     def render(self) -> str:
         """One line for each node that gets somebody, and one for those who wait."""
@@ -41,6 +45,13 @@ def need_of(recipe: Recipe, section: str) -> Need:
     return Need(section, role.num_cpus, role.num_gpus, role.resources, role.labels)
 
 
+def evaluator_need(recipe: Recipe) -> Need | None:
+    """What the evaluator beside training takes: as much as a sampler. None: there is none."""
+    if recipe.evaluation.every is None:
+        return None
+    return replace(need_of(recipe, "samplers"), section="evaluator")
+
+
 def lay_out(recipe: Recipe, nodes: Sequence[Node], may_grow: bool) -> Layout:
     """Place what a run begins with, and as many more as there is room for. `may_grow`: nodes may join on demand.
 
@@ -48,7 +59,9 @@ def lay_out(recipe: Recipe, nodes: Sequence[Node], may_grow: bool) -> Layout:
         ClusterError: there is no room for the fewest of every role and the cluster cannot grow; says what is missing.
     """
     sections = {"samplers": recipe.samplers, "reward_workers": recipe.reward_workers}
+    evaluator = evaluator_need(recipe)
     fewest = [need for name, role in sections.items() for need in [need_of(recipe, name)] * role.fewest]
+    fewest += [] if evaluator is None else [evaluator]
     extras = [need for name, role in sections.items() for need in [need_of(recipe, name)] * (role.most - role.fewest)]
     learner, rank = recipe.learner, need_of(recipe, "learner")
     ranks, packing = pack_run(rank, learner.workers, learner.fewest, fewest, [node.empty() for node in nodes])
@@ -57,9 +70,10 @@ def lay_out(recipe: Recipe, nodes: Sequence[Node], may_grow: bool) -> Layout:
         section, missing = shortfall(needs, packing)
         where = nodes[0].name if len(nodes) == 1 else f"cluster with {len(nodes)} nodes"
         number = "workers" if section == "learner" else "count"
-        remedy = (
-            f"lower {section}.{number} or what each takes, change {section}.labels, or give the cluster such a node"
-        )
+        lower = f"lower {section}.{number} or what each takes, change {section}.labels"
+        if section == "evaluator":  # it takes what a sampler does
+            lower = "lower samplers.count or what each takes, or set evaluation.every to null"
+        remedy = f"{lower}, or give the cluster such a node"
         raise ClusterError(where, missing, f"{remedy} (cluster.autoscaling: true if it grows on demand)")
     more = pack(extras, packing.rooms)
     held: dict[str, Counter[str]] = {node.name: Counter() for node in nodes}
@@ -69,7 +83,8 @@ def lay_out(recipe: Recipe, nodes: Sequence[Node], may_grow: bool) -> Layout:
             held[nodes[place].name][need.section] += 1
         elif may_grow:
             waiting[need.section] += 1
-    return Layout(held, waiting)
+    place = None if evaluator is None else packing.places[-1]
+    return Layout(held, waiting, None if place is None else nodes[place].id)
 
 
 def _counted(members: Mapping[str, int]) -> str:

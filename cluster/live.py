@@ -5,7 +5,8 @@
     samplers 2/2 (1 waiting)  reward workers 1/1  learner ranks 1
     groups 3 drawing  2 scoring  4 ready  124 learned  1 dropped
 
-Every line is cut at the terminal's edge, never wrapped. All text is put in as `Text`, so that nothing is markup.
+In a run in rounds the first line begins with the round. Every line is cut at the terminal's edge, never wrapped. All
+text is put in as `Text`, so that nothing is markup.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ def can_move_the_cursor(stream: TextIO) -> bool:
 
 
 class LiveDisplay:
-    """Draws itself a few times a second. Args: stream, a terminal; steps of the run, and those done before it.
+    """Draws itself a few times a second. Args: stream, a terminal; steps of the run, and those done before it; title,
+    which part of the run this is.
 
     `console`: for tests, where to draw.
     """
 
-    def __init__(self, stream: TextIO, steps: int, first: int, console: Console | None = None) -> None:
+    def __init__(self, stream: TextIO, steps: int, first: int, console: Console | None = None, title: str = "") -> None:
         self.console = console or Console(file=stream)
-        self.steps, self.done = steps, first
+        self.steps, self.done, self.title = steps, first, title
         self.started = time.monotonic()
         self._left_until: float | None = None
         self._figures: Mapping[str, Any] = {}
@@ -81,7 +83,10 @@ class LiveDisplay:
 
     def _progress_line(self, width: int) -> Table:
         phase = "starting" if self._snapshot is None else phase_of(self._snapshot)
-        cells: list[Any] = [Text(f"{phase:<9}", STYLES.get(phase, "cyan")), None, Text(f"{self.done}/{self.steps}")]
+        name = Text(f"{phase:<9}", STYLES.get(phase, "cyan"))
+        if self.title and width >= NARROW:
+            name = Text(f"{self.title.removesuffix(f', {phase}')}: ", "dim").append(name)
+        cells: list[Any] = [name, None, Text(f"{self.done}/{self.steps}")]
         if width >= NARROW:
             now = time.monotonic()
             cells.append(Text(readable_seconds(now - self.started), "dim"))
@@ -107,6 +112,8 @@ class LiveDisplay:
 
 def _members_line(snapshot: Mapping[str, Any]) -> Text:
     started = snapshot.get("members", {})
+    if snapshot.get("dataset"):
+        return Text.assemble(("learner ranks ", "dim"), str(len(snapshot["learners"])))
     waiting = sum(sampler["waiting"] for sampler in snapshot["samplers"].values())
     line = Text.assemble(("samplers ", "dim"), _there(len(snapshot["samplers"]), started.get("sampler")))
     if waiting:
@@ -125,9 +132,11 @@ def _groups_line(snapshot: Mapping[str, Any]) -> Text:
         "ready": ledger["ready"],
         "learned": ledger["delivered"] + ledger["committed"],
     }
+    if snapshot.get("dataset"):
+        counts = {"learned": counts["learned"]}
     line = Text.assemble(("groups ", "dim"), "  ".join(f"{count} {name}" for name, count in counts.items()))
-    dropped = sum(ledger["dropped"].values())
-    return line.append(f"  {dropped} dropped", "yellow") if dropped else line
+    dropped, how = sum(ledger["dropped"].values()), "left out" if snapshot.get("dataset") else "dropped"
+    return line.append(f"  {dropped} {how}", "yellow") if dropped else line
 
 
 def trend(values: Collection[float]) -> str:

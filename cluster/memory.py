@@ -24,7 +24,7 @@ from rewards.clip import clip_parameters
 if TYPE_CHECKING:
     from cluster.config import Recipe
     from diffusion.policy import ModelConfig
-    from rewards.config import ClipConfig
+    from rewards.config import ClipConfig, RewardConfig
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
 _CPU_PROCESS = 400 * 2**20  # Python, torch and our packages; measured with benchmarks.loop
@@ -88,7 +88,10 @@ class GpuLoad:
 
 
 def role_memory(recipe: Recipe, facts: PipelineFacts | None) -> tuple[RoleMemory, ...]:
-    """Samplers, reward workers and learner of a recipe; ``facts`` None: nothing is known of the model."""
+    """Samplers, reward workers and learner of a recipe, and the evaluator beside training if it wants one.
+
+    ``facts`` None: nothing is known of the model.
+    """
     samplers, scorers, learner = recipe.samplers, recipe.reward_workers, recipe.learner
     weights, text = _weights(recipe.model, facts)
     adapter = None if facts is None or facts.adapter_parameters is None else 4 * facts.adapter_parameters
@@ -112,13 +115,19 @@ def role_memory(recipe: Recipe, facts: PipelineFacts | None) -> tuple[RoleMemory
     away = text if recipe.model.offload_text_encoders else 0
     optimiser = "adapter, gradient, moments" + (", average" if ema else "")
     drawer: dict[str, int | None] = {"weights": weights, "adapter": adapter, "activations": drawing}
-    scorer: dict[str, int | None] = {"weights": _reward_weights(recipe), "activations": _scoring(recipe, facts)}
+    scorer: dict[str, int | None] = {
+        "weights": _reward_weights(recipe.reward),
+        "activations": _scoring(recipe.reward, facts),
+    }
     student: dict[str, int | None] = {"weights": weights, optimiser: trained, "activations": learning}
-    return (
+    members = (
         role("samplers", samplers, samplers.fewest, samplers.most, drawer, away),
         role("reward workers", scorers, scorers.fewest, scorers.most, scorer),
         role("learner", learner, learner.fewest, learner.workers, student, away),
     )
+    if recipe.evaluation.every is None:
+        return members
+    return (*members, role("evaluator", samplers, 1, 1, _evaluating(recipe, facts, weights, adapter), away))
 
 
 def fullest_gpu(roles: Sequence[RoleMemory]) -> GpuLoad | None:
@@ -183,7 +192,8 @@ def _activations(recipe: Recipe, facts: PipelineFacts | None) -> tuple[int | Non
         return None, None
     model, sampling, objective = recipe.model, recipe.sampling, recipe.objective
     e = _element_bytes(model, facts, facts.component)
-    one: Activations | None = denoiser_activations(facts.configs[facts.component], facts.latent_shape, e)
+    config = facts.configs[facts.component]
+    one: Activations | None = denoiser_activations(config, facts.latent_shape, e, model.t5_tokens)
     if one is None:
         return None, None
     halves = 2 if sampling.guidance_scale != 1 and not facts.embedded_guidance else 1
@@ -201,10 +211,31 @@ def _activations(recipe: Recipe, facts: PipelineFacts | None) -> tuple[int | Non
     return int(drawing), int(learning)
 
 
-def _reward_weights(recipe: Recipe) -> int | None:
+def _evaluating(
+    recipe: Recipe, facts: PipelineFacts | None, weights: int | None, adapter: int | None
+) -> dict[str, int | None]:
+    """What takes the memory of the evaluator: it draws and scores in one process, one after the other."""
+    from evaluation.scored import CHUNK  # only here: it imports the detector
+
+    config = recipe.evaluation
+    sampling = recipe.sampling.model_copy(update={"group_size": CHUNK, "guidance_scale": config.guidance_scale})
+    without_previews = recipe.tracking.model_copy(update={"preview_every": 0})
+    drawing, _ = _activations(recipe.model_copy(update={"sampling": sampling, "tracking": without_previews}), facts)
+    rewards = ([recipe.reward] if config.reward else []) + ([config.judge.reward] if config.judge is not None else [])
+    scoring = max((_scoring(reward, facts) for reward in rewards), default=0)
+    models = [_reward_weights(reward) for reward in rewards]
+    return {
+        "weights": weights,
+        "rewards": None if None in models else sum(size or 0 for size in models),
+        "adapter": adapter,
+        "activations": None if drawing is None else max(drawing, scoring),
+    }
+
+
+def _reward_weights(reward: RewardConfig) -> int | None:
     """Weights of all models the rewards look through, each once; None when one is on the hub."""
     counts: dict[object, int | None] = {}
-    for _, term in recipe.reward.located():
+    for _, term in reward.located():
         clip, pick = term.clip, term.pickscore
         if term.name == "pickscore" and pick is not None:
             folder = Path(pick.model)
@@ -215,11 +246,11 @@ def _reward_weights(recipe: Recipe) -> int | None:
     return None if None in counts.values() else sum(count or 0 for count in counts.values())
 
 
-def _scoring(recipe: Recipe, facts: PipelineFacts | None) -> int:
+def _scoring(reward: RewardConfig, facts: PipelineFacts | None) -> int:
     """Bytes of the largest chunk of images that some reward embeds at once."""
     image_size = 512 if facts is None or facts.image_size is None else facts.image_size
     largest = 0
-    for _, term in recipe.reward.located():
+    for _, term in reward.located():
         seen = term.pickscore if term.name == "pickscore" else term.clip
         if seen is not None:
             tokens, width = _VIT_H if term.clip is None else _vision(term.clip)

@@ -10,23 +10,25 @@ from the disk, so the same command goes on wherever a run was ended, in a genera
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.config import Recipe
+from cluster.fit import check_dataset
 from cluster.generate import generate
-from cluster.identity import model_identity
+from cluster.purpose import Consumer, Training
 from cluster.services import LearnerThread, start_desk
+from cluster.status import Stage, StatusWriter
 from cluster.stopping import withdraw_stop
 from cluster.storage import RunFolder, write_atomic
 from cluster.tickets import derive_seed
-from cluster.train import Consumer, Observer, RunResult, Training, carry_out
-from learner.dataset import GroupDataset, check_identity, find_dataset
+from cluster.train import Observer, RunResult, carry_out
+from learner.dataset import GroupDataset, find_dataset
 from learner.loop import Services
 from learner.sources import OfflineSettings
-from raysteer.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.runlock import RunLock
@@ -40,11 +42,12 @@ class OfflineTraining(Training):
         recipe: as given.
         dataset: folder of the groups.
         begins_at, ends_at: the learner steps it is for.
+        stage: the round it is of.
     """
 
-    def __init__(self, recipe: Recipe, dataset: Path, begins_at: int, ends_at: int) -> None:
-        super().__init__(learning(recipe, ends_at))
-        self.written = recipe
+    def __init__(self, recipe: Recipe, dataset: Path, begins_at: int, ends_at: int, stage: Stage | None = None) -> None:
+        super().__init__(learning(recipe, ends_at), recipe.run.steps)
+        self.written, self.stage, self.title = recipe, stage, "" if stage is None else str(stage)
         self.dataset, self.begins_at = dataset, begins_at
 
     def begin(self) -> None:
@@ -85,29 +88,6 @@ def learning(recipe: Recipe, steps: int) -> Recipe:
     return recipe.model_copy(update=changed)
 
 
-def check_dataset(recipe: Recipe, folder: Path) -> GroupDataset:
-    """A dataset that this recipe can learn from.
-
-    Raises:
-        DatasetError: there is none, or it cannot be read.
-        ConfigError: it was made with another model, its groups are smaller than `objective.subset`, or there are fewer
-            than a step takes.
-    """
-    dataset = GroupDataset.open(folder)
-    check_identity(dataset, model_identity(recipe))
-    subset = getattr(recipe.objective, "subset", None)
-    if subset is not None:
-        dataset.check_subset(subset)
-    if len(dataset.rows) < recipe.run.groups_per_step:
-        left_out = ", ".join(f"{reason} {count}" for reason, count in dataset.skipped.items() if count)
-        raise ConfigError(
-            "run.groups_per_step",
-            recipe.run.groups_per_step,
-            f"{folder} has only {len(dataset.rows)} usable groups{f' (left out: {left_out})' if left_out else ''}",
-        )
-    return dataset
-
-
 def train_offline(recipe: Recipe, lock: RunLock | None, observe: Observer | None = None) -> RunResult:
     """Run or continue the offline training a recipe describes; see `cluster.train.train`. The recipe has been checked.
 
@@ -124,12 +104,17 @@ def train_offline(recipe: Recipe, lock: RunLock | None, observe: Observer | None
             return carry_out(OfflineTraining(recipe, dataset, 0, recipe.run.steps), None, observe)
         folder = RunFolder(recipe.run_dir).create()
         withdraw_stop(folder)
+        whole = Training(recipe)
+        if whole.ended_early() is not None:
+            return carry_out(whole, None, observe)  # which says so
         write_atomic(folder.recipe, recipe.to_yaml().encode())  # status and stop know a run by it, in a generation too
-        for number in range(1, offline.rounds + 1):
-            result = play_round(Round(recipe, number), observe)
-            if result.status != "finished":
+        done, _ = whole.progress()
+        length, started, began = recipe.run.steps // offline.rounds, time.monotonic(), time.time()
+        for number in range(min(done // length + 1, offline.rounds), offline.rounds + 1):
+            result = play_round(Round(recipe, number, began), observe)
+            if result.status != "finished" or result.reason is not None:
                 break
-        return result
+        return replace(result, seconds=time.monotonic() - started if result.seconds else 0.0)
     finally:
         withdraw_stop(RunFolder(recipe.run_dir))
         if lock is not None:
@@ -138,10 +123,11 @@ def train_offline(recipe: Recipe, lock: RunLock | None, observe: Observer | None
 
 @dataclass(frozen=True)
 class Round:
-    """One round of a run: the learner steps it covers, and where its things lie."""
+    """One round of a run: the learner steps it covers, and where its things lie. `began`: when the run did."""
 
     recipe: Recipe
     number: int
+    began: float
 
     @property
     def length(self) -> int:
@@ -156,6 +142,11 @@ class Round:
     @property
     def ends_at(self) -> int:
         return self.number * self.length
+
+    def stage(self, doing: Literal["generating", "learning"]) -> Stage:
+        recipe, offline = self.recipe, self.recipe.offline
+        assert offline is not None, "only a recipe with a section offline has rounds"
+        return Stage(self.number, offline.rounds, doing, recipe.run.steps, recipe.generate.groups, self.began)
 
     @property
     def adapter(self) -> Path:
@@ -173,13 +164,13 @@ class Round:
         return self.recipe.model_copy(update={"run": self.recipe.run.model_copy(update=run), "offline": None})
 
 
-def pass_on_stop(run: RunFolder, generation: RunFolder, observe: Observer | None) -> Observer:
+def pass_on_stop(run: RunFolder, generation: RunFolder, observers: Sequence[Observer]) -> Observer:
     """An observer of a generation that hands on what `raysteer stop` asks of the run it is for."""
 
     def watch(snapshot: dict[str, Any]) -> None:
         if run.stop_request.exists():
             generation.stop_request.touch()
-        if observe is not None:
+        for observe in observers:
             observe(snapshot)
 
     return watch
@@ -193,9 +184,13 @@ def play_round(this: Round, observe: Observer | None) -> RunResult:
     if done < this.ends_at:
         if done == this.begins_at and this.number > 1 and not this.adapter.exists():
             training.export(this.adapter)
-        watching = pass_on_stop(training.folder, folder, observe)
-        drawn = generate(this.generating, str(this.adapter) if this.number > 1 else None, watching)
-        if drawn.status != "finished":
-            return replace(drawn, run_dir=recipe.run_dir, steps=done)
-        check_dataset(recipe, folder.journal)
-    return carry_out(OfflineTraining(recipe, folder.journal, this.begins_at, this.ends_at), None, observe)
+        stage = this.stage("generating")
+        with StatusWriter(training.folder, recipe, done, stage) as status:
+            watching = pass_on_stop(training.folder, folder, [status, *([observe] if observe is not None else [])])
+            drawn = generate(this.generating, str(this.adapter) if this.number > 1 else None, watching, str(stage))
+            if drawn.status != "finished":
+                status.ended(drawn.status, done, ledger=drawn.ledger)
+                return replace(drawn, run_dir=recipe.run_dir, steps=done)
+            check_dataset(recipe, folder.journal)
+    lesson = OfflineTraining(recipe, folder.journal, this.begins_at, this.ends_at, this.stage("learning"))
+    return carry_out(lesson, None, observe)

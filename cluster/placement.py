@@ -22,7 +22,7 @@ class Need:
     """What one member takes of a node, and which nodes it may use.
 
     Attributes:
-        section: of the recipe, "samplers", "reward_workers" or "learner".
+        section: of the recipe, "samplers", "reward_workers" or "learner"; or "evaluator", which has none.
         gpus: a share of one card, or whole cards.
         resources: custom resources by name.
         labels: node label -> selector ("a", "!a", "in(a, b)", "!in(a, b)"); all must match.

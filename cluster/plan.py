@@ -108,6 +108,7 @@ class Plan:
                 f"{', many of them more than once' if recipe.offline is not None else ''}",
             ),
             *((("staleness", self.expected_lag),) if recipe.offline is None else ()),
+            *_evaluations(recipe),
         ]
 
     def _placement(self) -> list[tuple[str, str]]:
@@ -164,6 +165,23 @@ def _dataset(recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
+def _evaluations(recipe: Recipe) -> list[tuple[str, str]]:
+    """How often a checkpoint is evaluated beside training, and what ends the run."""
+    config, stop = recipe.evaluation, recipe.evaluation.stop
+    if config.every is None:
+        return []
+    from evaluation.glyphs import prompt_set  # only here: it imports the detector
+
+    images = len(prompt_set(config).prompts)
+    when = f"every {config.every} steps, at the first and at the last"
+    lines = [("evaluations", f"{when}: {images} images each, beside training")]
+    if stop is not None:
+        more = f" by more than {stop.least:g}" if stop.least else ""
+        times = "1 evaluation" if stop.patience == 1 else f"{stop.patience} evaluations in a row"
+        lines.append(("stops", f"when {stop.figure} has not risen{more} for {times}; the best adapter is exported"))
+    return lines
+
+
 def _without_gradient(recipe: Recipe) -> str:
     """Further denoiser passes of a batch, in words."""
     if isinstance(recipe.objective, GDROConfig):
@@ -215,7 +233,7 @@ def resolve(recipe: Recipe) -> Plan:
         doubled=doubled,
         noise=noise,
         images=images * recipe.run.steps,
-        roles=tuple(one for one in role_memory(recipe, facts) if not alone or one.role == "learner"),
+        roles=tuple(one for one in role_memory(recipe, facts) if not alone or one.role in ("learner", "evaluator")),
         adapter_parameters=None if facts is None else facts.adapter_parameters,
         object_store=store,
         expected_lag=lag,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Recipe, load_recipe
-from cluster.layout import lay_out
+from cluster.layout import evaluator_need, lay_out
 from cluster.memory import readable_bytes
 from cluster.modelfiles import PipelineFacts, cached_folder, known_pipeline, read_json, read_pipeline
 from cluster.placement import Node
@@ -22,6 +22,7 @@ from cluster.tracking import probe, resolve_uri
 from diffusion.families.base import family_for, unsupported
 from diffusion.loading import check_parts
 from learner.checkpoint import latest_checkpoint
+from learner.dataset import find_dataset
 from learner.gdro import GDROConfig
 from learner.objective import objective_class
 from raysteer.errors import CheckpointError, ConfigError, ModelError, StorageError, UserError
@@ -191,7 +192,8 @@ def check_offline_data(recipe: Recipe) -> None:
     """Refuse a dataset that this recipe cannot learn from, and an objective that does not learn from datasets.
 
     Raises:
-        DatasetError: there is none, it cannot be read, or it was made with another model.
+        DatasetError: there is none, it cannot be read (all of it is), it was made with another model, or no group of it
+            can be learned from.
         ConfigError: naming the key.
     """
     if recipe.offline is None:
@@ -201,9 +203,9 @@ def check_offline_data(recipe: Recipe) -> None:
             "objective.name", recipe.objective.name, "it replays steps, and a dataset has final images only: use gdro"
         )
     if recipe.offline.data is not None:
-        from cluster.offline import check_dataset
+        from cluster.fit import check_dataset, check_readable
 
-        check_dataset(recipe, Path(recipe.offline.data))
+        check_readable(check_dataset(recipe, find_dataset(recipe.offline.data, "offline.data")))
 
 
 def check_reward(recipe: Recipe) -> None:
@@ -322,9 +324,13 @@ def check_cluster(recipe: Recipe) -> None:
 
 def gpus_needed(recipe: Recipe) -> float:
     """GPUs of all that a run begins with."""
-    return sum(role.fewest * role.num_gpus for role in (recipe.samplers, recipe.reward_workers, recipe.learner))
+    evaluator = evaluator_need(recipe)
+    members = sum(role.fewest * role.num_gpus for role in (recipe.samplers, recipe.reward_workers, recipe.learner))
+    return members + (0.0 if evaluator is None else evaluator.gpus)
 
 
 def cpus_needed(recipe: Recipe) -> float:
     """CPUs of all that a run begins with; the service actors take none."""
-    return sum(role.fewest * role.num_cpus for role in (recipe.samplers, recipe.reward_workers, recipe.learner))
+    evaluator = evaluator_need(recipe)
+    members = sum(role.fewest * role.num_cpus for role in (recipe.samplers, recipe.reward_workers, recipe.learner))
+    return members + (0.0 if evaluator is None else evaluator.cpus)

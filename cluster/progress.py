@@ -50,6 +50,7 @@ class Progress:
     Args:
         steps: steps of the whole run.
         first: steps already done (a resumed run).
+        title: which part of the run this is, "" when it is the whole.
         stream: where to write, stderr if None; a terminal gets the live display.
         clock: monotonic seconds, for tests.
     """
@@ -58,6 +59,7 @@ class Progress:
         self,
         steps: int,
         first: int = 0,
+        title: str = "",
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -65,7 +67,7 @@ class Progress:
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_STEPS + 1)
         self._clock = clock
         self._counts: dict[str, int] = {}
-        self._view = _view(stream or sys.stderr, steps, first)
+        self._view = _view(stream or sys.stderr, steps, first, title)
 
     def __enter__(self) -> Progress:
         self._view.open()
@@ -115,12 +117,13 @@ class Progress:
 class PlainLines:
     """One line a step with columns that stay where they are, for files, pipes and logs of jobs."""
 
-    def __init__(self, stream: TextIO, steps: int) -> None:
-        self.stream, self.steps = stream, steps
+    def __init__(self, stream: TextIO, steps: int, title: str = "") -> None:
+        self.stream, self.steps, self.title = stream, steps, title
         self._phase = ""
 
     def open(self) -> None:
-        pass
+        if self.title:
+            self.line(self.title)
 
     def close(self) -> None:
         pass
@@ -149,11 +152,14 @@ def phase_of(snapshot: Mapping[str, Any]) -> str:
         return "failing"
     if snapshot["stop"] is not None:
         return "stopping"
-    missing = [name for name in ("learners", "samplers", "reward_workers") if not snapshot[name]]
+    needed = ("learners",) if snapshot.get("dataset") else ("learners", "samplers", "reward_workers")
+    missing = [name for name in needed if not snapshot[name]]
     if missing:
         return "starting " + ", ".join(name.replace("_", " ") for name in missing)
     if snapshot["learner"] in ("learning", "saving"):
         return str(snapshot["learner"])
+    if snapshot.get("dataset"):
+        return "starting"
     states = [state for state, _ in snapshot["open"].values()]
     return "drawing" if "sampling" in states or "scoring" not in states else "scoring"
 
@@ -173,10 +179,10 @@ def readable_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _view(stream: TextIO, steps: int, first: int) -> View:
+def _view(stream: TextIO, steps: int, first: int, title: str) -> View:
     if stream.isatty():
         from cluster.live import LiveDisplay, can_move_the_cursor
 
         if can_move_the_cursor(stream):
-            return LiveDisplay(stream, steps, first)
-    return PlainLines(stream, steps)
+            return LiveDisplay(stream, steps, first, title=title)
+    return PlainLines(stream, steps, title)

@@ -1,7 +1,9 @@
 """status.json: what a run is doing, kept fresh by its supervising loop, so that anybody who sees its storage can look.
 
-format · run · state: starting, running, stopping, finished, stopped or failed · failure: text or null
+format · run · state: starting, running, stopping, finished, stopped or failed · failure, reason: text or null
 began, written, last_step: seconds since the epoch · host · pid · job: id of the Ray job or null
+stage: null, or of a run in rounds {round, rounds, doing: generating or learning, groups: of the round's dataset that
+are on disk, of: groups it is to have}; figures, ledger and members are those of what it is doing
 step, steps, version · figures: of the last step · ledger: counts · learners: ranks · restarts: by role
 samplers: {id: {groups, drawing_s: how long the present group has taken or null, group_s: mean of the last ones}}
 reward_workers: ids · slow: who is, in words
@@ -17,8 +19,9 @@ import statistics
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.jobs import surrounding_job
 from cluster.storage import RunFolder, write_json
@@ -35,6 +38,25 @@ NOTICEABLE_S = 2.0  # less than this over the others is not worth a word: times 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What a run in rounds is doing in one of them.
+
+    `round` of `rounds`, the first being 1; `steps` of the whole run; `of`: groups of the round's dataset; `began`: when
+    the run did, seconds since the epoch.
+    """
+
+    round: int
+    rounds: int
+    doing: Literal["generating", "learning"]
+    steps: int
+    of: int
+    began: float
+
+    def __str__(self) -> str:
+        return f"round {self.round} of {self.rounds}, {self.doing}"
+
+
 class StatusWriter:
     """Observer of a run that writes its status.json, and its end when the context is left.
 
@@ -42,29 +64,37 @@ class StatusWriter:
         folder: of the run.
         recipe: of the run.
         step: steps done already.
+        stage: what is observed, if that is a part of a run in rounds.
         clock: seconds since the epoch.
     """
 
     def __init__(
-        self, folder: RunFolder, recipe: Recipe, step: int = 0, clock: Callable[[], float] = time.time
+        self,
+        folder: RunFolder,
+        recipe: Recipe,
+        step: int = 0,
+        stage: Stage | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         job = surrounding_job()
-        self.folder, self.clock = folder, clock
+        self.folder, self.stage, self.clock = folder, stage, clock
         self.draws = DrawTimes()
         self.status: dict[str, Any] = {
             "format": FORMAT,
             "run": recipe.run.name,
             "state": "starting",
             "failure": None,
-            "began": clock(),
+            "reason": None,
+            "began": clock() if stage is None else stage.began,
             "written": clock(),
             "last_step": None,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "job": job["metadata"].get("job_submission_id") if job is not None else None,
             "step": step,
-            "steps": recipe.run.steps,
+            "steps": recipe.run.steps if stage is None else stage.steps,
             "version": step,
+            "stage": None if stage is None else _stage(stage, stage.of if stage.doing == "learning" else 0),
             "figures": {},
             "ledger": {},
             "learners": 0,
@@ -92,16 +122,21 @@ class StatusWriter:
         """
         now, status = self.clock(), self.status
         self.draws.see(snapshot, now)
+        generating = self.stage is not None and self.stage.doing == "generating"
         for figures in snapshot["reports"]:
-            status |= {"step": int(figures["step"]), "last_step": now, "figures": dict(figures)}
+            status |= {"last_step": now, "figures": dict(figures)}
+            if not generating:
+                status["step"] = int(figures["step"])
+        if self.stage is not None and generating:
+            status["stage"] = _stage(self.stage, snapshot["ledger"]["committed"])
         before = status["state"]
         failure = snapshot["failure"]
         status |= {
             "state": _state(snapshot),
             "failure": None if failure is None else str(failure),
-            "version": snapshot["version"],
+            "version": status["version"] if generating else snapshot["version"],
             "ledger": snapshot["ledger"],
-            "learners": len(snapshot["learners"]),
+            "learners": 0 if generating else len(snapshot["learners"]),
             "restarts": snapshot["restarts"],
             "samplers": self.draws.members(snapshot, now),
             "reward_workers": list(snapshot["reward_workers"]),
@@ -110,9 +145,20 @@ class StatusWriter:
         if status["state"] != before or now - status["written"] >= WRITE_EVERY_S:
             self._write()
 
-    def ended(self, state: str, step: int, failure: str | None = None, ledger: Mapping[str, Any] | None = None) -> None:
-        """The run is over: "finished", "stopped" or "failed"; `ledger`: its last counts."""
-        self.status |= {"state": state, "step": step, "failure": failure}
+    def ended(
+        self,
+        state: str,
+        step: int,
+        failure: str | None = None,
+        ledger: Mapping[str, Any] | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """The run is over: "finished", "stopped" or "failed"; `ledger`: its last counts, `reason`: why it finished
+        before its last step. A stage that is finished before that without a reason is not the end of the run.
+        """
+        if state == "finished" and step < self.status["steps"] and reason is None:
+            state = "running"
+        self.status |= {"state": state, "step": step, "failure": failure, "reason": reason}
         self.status["ledger"] = dict(ledger or self.status["ledger"])
         self._write()
 
@@ -169,6 +215,10 @@ class DrawTimes:
 
     def _drawing(self, now: float) -> dict[str, float]:
         return {sampler: now - begun for (sampler, _), begun in self._begun.items()}
+
+
+def _stage(stage: Stage, groups: int) -> dict[str, Any]:
+    return {"round": stage.round, "rounds": stage.rounds, "doing": stage.doing, "groups": groups, "of": stage.of}
 
 
 def _state(snapshot: Mapping[str, Any]) -> str:

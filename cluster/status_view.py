@@ -23,16 +23,22 @@ def render(status: Mapping[str, Any], holder: Holder | None, now: float) -> str:
     lines = [("run", _head(status, holder, now)), ("where", _where(status))]
     if status["failure"]:
         lines.append(("failure", status["failure"]))
+    if status.get("reason"):
+        lines.append(("why", status["reason"]))
     figures = status["figures"]
     if figures:
         lines.append(("speed", _speed(status, now)))
-        lines.append(("busy", _busy(figures)))
+        if "idle/samplers" in figures:  # of a run that draws
+            lines.append(("busy", _busy(figures)))
     if status["ledger"]:
         lines.append(("ledger", _ledger(status["ledger"])))
     if status["state"] not in OVER:
-        lines.append(("learner", _ranks(status["learners"])))
+        draws, learns = _roles(status)
+        if learns:
+            lines.append(("learner", _ranks(status["learners"])))
         lines += [("sampler", f"{name}: {_sampler(known)}") for name, known in status["samplers"].items()]
-        lines.append(("rewards", ", ".join(status["reward_workers"]) or "no reward worker is there yet"))
+        if draws:
+            lines.append(("rewards", ", ".join(status["reward_workers"]) or "no reward worker is there yet"))
         lines += [("slow", text) for text in status["slow"]]
     restarts = [f"{count} × {role}" for role, count in status["restarts"].items() if count]
     if restarts:
@@ -42,6 +48,10 @@ def render(status: Mapping[str, Any], holder: Holder | None, now: float) -> str:
 
 def _head(status: Mapping[str, Any], holder: Holder | None, now: float) -> str:
     done = f"step {status['step']} of {status['steps']}, version {status['version']}"
+    stage = status.get("stage")  # runs of earlier versions have none
+    if stage and status["state"] != "finished":
+        drawn = f" ({stage['groups']} of {stage['of']} groups)" if stage["doing"] == "generating" else ""
+        done = f"{stage['doing']}{drawn}, round {stage['round']} of {stage['rounds']}, {done}"
     took = readable_seconds(status["written"] - status["began"])
     ago = readable_seconds(now - status["written"])
     if status["state"] in OVER:
@@ -61,7 +71,8 @@ def _where(status: Mapping[str, Any]) -> str:
 def _speed(status: Mapping[str, Any], now: float) -> str:
     figures = status["figures"]
     last = "" if status["state"] in OVER else f", last step {readable_seconds(now - status['last_step'])} ago"
-    return f"{figures['throughput/images_per_s']:.3g} images/s, lag {figures['staleness/max']:.0f}{last}"
+    lag = f", lag {figures['staleness/max']:.0f}" if "staleness/max" in figures else ""
+    return f"{figures['throughput/images_per_s']:.3g} images/s{lag}{last}"
 
 
 def _busy(figures: Mapping[str, float]) -> str:
@@ -71,8 +82,18 @@ def _busy(figures: Mapping[str, float]) -> str:
     return f"{shown}; the pace is set by the {max(busy, key=lambda role: busy[role]).replace('_', ' ')}"
 
 
+def _roles(status: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether somebody draws and scores, and whether somebody learns: in a round it is one or the other."""
+    doing = (status.get("stage") or {}).get("doing")
+    from_dataset = doing == "learning" or bool(status["ledger"] and "leased" not in status["ledger"])
+    return not from_dataset, doing != "generating"
+
+
 def _ledger(counts: Mapping[str, Any]) -> str:
     dropped = ", ".join(f"{reason} {count}" for reason, count in counts["dropped"].items())
+    if "leased" not in counts:  # nobody draws: the ledger of a desk
+        learned = f"{counts['delivered'] + counts['committed']} groups learned, {counts['committed']} in a checkpoint"
+        return f"{learned}; left out of the dataset: {dropped or 'nothing'}"
     terms = ", ".join(
         f"{counts[name]} {name.replace('_', ' ')}" for name in ("in_flight", "ready", "delivered", "committed")
     )

@@ -33,6 +33,16 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def best(self) -> Path:
+        """The adapter of the best evaluation so far, of a run that is ended by its evaluations."""
+        return self.path / "best"
+
+    @property
+    def evaluations(self) -> Path:
+        """What evaluating beside training has found (see `cluster.beside`)."""
+        return self.path / "evaluations.jsonl"
+
+    @property
     def generation(self) -> Path:
         """Where a generated dataset stands; its presence means that this is one."""
         return self.path / "generation.json"

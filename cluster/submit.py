@@ -10,7 +10,7 @@ from typing import Any
 from cluster.config import Recipe, RunConfig, load_recipe
 from cluster.jobs import JobServer, holds_our_code, shared_folder
 from cluster.packing import check_needed, check_size, travelling
-from cluster.preflight import check_model, check_reward, check_schedule
+from cluster.preflight import check_model, check_offline_data, check_reward, check_schedule
 from cluster.prompts import summarise
 from cluster.recipe_yaml import apply_override, parse_yaml
 from learner.objective import objective_class
@@ -84,6 +84,8 @@ def check_what_is_here(recipe: Recipe) -> None:
     if "model" not in missing and Path(recipe.model.path).is_dir():
         check_model(recipe)
         check_schedule(recipe)
+        if "offline" not in missing:
+            check_offline_data(recipe)
     if "prompts" not in missing:
         summarise(recipe.prompts)
     if "reward" not in missing:
@@ -92,7 +94,7 @@ def check_what_is_here(recipe: Recipe) -> None:
 
 def needed_files(recipe: Recipe) -> dict[str, Path]:
     """Absolute paths of the files and folders that training reads, by key of the recipe; hub names are no files."""
-    data = recipe.model_dump(mode="json", include={"model", "reward", "prompts"})
+    data = recipe.model_dump(mode="json", include={"model", "reward", "prompts", "offline"})
     found = ((key, _local_path(text)) for key, text in _leaves(data))
     return {key: path for key, path in found if path.is_absolute()}
 

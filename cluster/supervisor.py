@@ -96,11 +96,18 @@ class Supervisor:
     """Keeps the members of all roles alive. `restarts` counts replacements by role.
 
     `learner`: whose room is kept free. `may_grow`: on a cluster that grows on demand whoever finds no room is created
-    all the same: waiting in Ray's queue is what brings nodes.
+    all the same: waiting in Ray's queue is what brings nodes. `others`: node and need of actors of this run that are
+    looked after elsewhere, whose room is not free.
     """
 
-    def __init__(self, roles: Sequence[Role], learner: Ranks | None = None, may_grow: bool = False) -> None:
-        self.roles, self.learner, self.may_grow = roles, learner, may_grow
+    def __init__(
+        self,
+        roles: Sequence[Role],
+        learner: Ranks | None = None,
+        may_grow: bool = False,
+        others: Callable[[], Sequence[tuple[str | None, Need]]] = tuple,
+    ) -> None:
+        self.roles, self.learner, self.may_grow, self.others = roles, learner, may_grow, others
         self.slots = [Slot(role, index) for role in roles for index in range(role.most)]
         self.restarts: dict[str, int] = {role.name: 0 for role in roles}
         self._short_since: dict[str, float] = {}
@@ -206,6 +213,7 @@ class Supervisor:
 
     def _rooms(self, held: Sequence[str]) -> list[Room]:
         taken: list[tuple[str | None, Need]] = [(member.node, member.slot.role.need) for member in self.members]
+        taken += self.others()
         if self.learner is not None:
             taken += [(node, self.learner.need) for node in held]
         return free_rooms(taken)

@@ -3,7 +3,7 @@
     check ─▶ join the cluster ─▶ services ─▶ members (samplers, reward workers) ┐
                                         └─▶ learner ranks (Ray Train, a thread) ├─▶ supervise ─▶ finish
                                                                                 ┘
-Who takes the batches, and what is left of them, is the run's `Purpose`: training here, a dataset in `cluster.generate`.
+Who takes the batches, and what is left of them, is the run's `Purpose` (`cluster.purpose`).
 The main thread supervises and takes signals. Every way out ends in `_finish`: everybody is told to stop, the ledger
 is written, MLflow is closed, the actors are gone. The same call with the same recipe continues a run that was stopped
 or killed.
@@ -17,24 +17,23 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from cluster.identity import journal_identity
 from cluster.jobs import surrounding_job
 from cluster.metrics import RunMetrics
 from cluster.preflight import cpus_needed, gpus_needed, preflight
 from cluster.progress import Progress
+from cluster.purpose import Purpose, Training
 from cluster.runtime import init_ray
-from cluster.services import LearnerRoom, LearnerThread, Pulse, ask, end_services, roles, start_services
+from cluster.services import Pulse, ask, end_services
 from cluster.status import StatusWriter
 from cluster.stopping import withdraw_stop
-from cluster.storage import RunFolder, write_atomic, write_json
+from cluster.storage import RunFolder, write_json
 from cluster.supervisor import Supervisor
-from learner.checkpoint import Checkpoint, latest_checkpoint
 from raysteer.calls import AGAIN
 from raysteer.errors import ClusterError, DeadlineExceeded, StorageError
 from raysteer.logs import log_as, log_version
@@ -42,8 +41,6 @@ from raysteer.logs import log_as, log_version
 if TYPE_CHECKING:
     from cluster.config import Recipe
     from cluster.runlock import RunLock
-    from cluster.supervisor import Ranks, Role
-    from learner.loop import Services
 
 POLL_S = 0.5
 START_S = 600.0  # longest until the learner ranks run: on a growing cluster machines have to come up first
@@ -56,7 +53,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class RunResult:
     """What became of a run. `status`: "finished" (adapter_dir is set if it trained) or "stopped" (the same command
-    continues it).
+    continues it). `reason`: why it finished before its last step, in words.
     """
 
     status: str
@@ -67,90 +64,10 @@ class RunResult:
     ledger: dict[str, Any] = field(default_factory=dict)
     restarts: dict[str, int] = field(default_factory=dict)
     mlflow_run_id: str | None = None
+    reason: str | None = None
 
 
 Observer = Callable[[dict[str, Any]], None]
-
-
-class Consumer(Protocol):
-    """A thread that takes the batches of a run. `error` is what it raised."""
-
-    error: Exception | None
-
-    def start(self) -> None: ...
-    def is_alive(self) -> bool: ...
-    def join(self, timeout: float | None = None) -> None: ...
-
-
-class Purpose(Protocol):
-    """What a run draws its groups for.
-
-    Attributes:
-        recipe: of the run.
-        folder: of the run.
-    """
-
-    recipe: Recipe
-    folder: RunFolder
-
-    def progress(self) -> tuple[int, Mapping[str, Any] | None]:
-        """Steps that are done for good, and the ledger as it was after them."""
-        ...
-
-    def begin(self) -> None:
-        """Write what a run leaves before its first step."""
-        ...
-
-    def services(self, ledger: Mapping[str, Any] | None) -> Services:
-        """The service actors, going on from this state of the ledger."""
-        ...
-
-    def roles(self, services: Services) -> list[Role]: ...
-    def ranks(self) -> Ranks | None: ...
-    def consumer(self, services: Services) -> Consumer: ...
-
-    def complete(self) -> Path | None:
-        """All steps are done: write the final adapter, if this is what the run is for, and say where."""
-        ...
-
-
-class Training:
-    """A run that trains: its batches go to the learner ranks, its checkpoints say how far it is."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe, self.folder = recipe, RunFolder(recipe.run_dir)
-
-    def progress(self) -> tuple[int, Mapping[str, Any] | None]:
-        checkpoint = self._checkpoint()
-        return (0, None) if checkpoint is None else (checkpoint.step, checkpoint.ledger)
-
-    def begin(self) -> None:
-        write_atomic(self.folder.recipe, self.recipe.to_yaml().encode())
-
-    def services(self, ledger: Mapping[str, Any] | None) -> Services:
-        return start_services(self.recipe, self.folder, journal_identity(self.recipe, "train"), ledger)
-
-    def roles(self, services: Services) -> list[Role]:
-        return roles(self.recipe, services)
-
-    def ranks(self) -> Ranks:
-        return LearnerRoom(self.recipe)
-
-    def consumer(self, services: Services) -> Consumer:
-        return LearnerThread(self.recipe, self.folder, services)
-
-    def complete(self) -> Path:
-        self.export(self.folder.adapter)
-        return self.folder.adapter
-
-    def export(self, folder: Path) -> None:
-        """Write the adapter of the newest checkpoint into `folder`."""
-        checkpoint = self._checkpoint()
-        assert checkpoint is not None, "whoever exports has seen that there is a checkpoint"
-        _export(self.recipe, folder, checkpoint)
-
-    def _checkpoint(self) -> Checkpoint | None:
-        return latest_checkpoint(self.folder.checkpoints, self.recipe.fingerprint())
 
 
 def train(recipe: Recipe, observe: Observer | None = None) -> RunResult:
@@ -187,18 +104,19 @@ def carry_out(purpose: Purpose, lock: RunLock | None, observe: Observer | None =
     try:
         withdraw_stop(folder)
         done, _ = purpose.progress()
-        with StatusWriter(folder, recipe, done) as status:
-            if done >= recipe.run.steps:
-                logger.warning("run %s is finished already (%d steps)", recipe.run.name, done)
-                id_of_run = _mlflow_run_id(folder)
-                result = RunResult("finished", folder.path, purpose.complete(), done, 0.0, mlflow_run_id=id_of_run)
+        early = purpose.ended_early()
+        with StatusWriter(folder, recipe, done, purpose.stage) as status:
+            if done >= recipe.run.steps or early is not None:
+                how = f"{done} steps{'' if early is None else f'; {early}'}"
+                logger.warning("run %s is finished already (%s)", recipe.run.name, how)
+                adapter, run_id = purpose.complete(), _mlflow_run_id(folder)
+                result = RunResult("finished", folder.path, adapter, done, 0.0, mlflow_run_id=run_id, reason=early)
             else:
                 purpose.begin()
                 with _cluster(recipe), _Signals() as signals:
-                    metrics = RunMetrics(recipe.run.name)
-                    observers: list[Observer] = [status, metrics, *([observe] if observe is not None else [])]
-                    result = _Run(purpose, signals, observers).run(started)
-            status.ended(result.status, result.steps, ledger=result.ledger)
+                    others = [] if observe is None else [observe]
+                    result = _Run(purpose, signals, [status, RunMetrics(recipe.run.name), *others]).run(started)
+            status.ended(result.status, result.steps, ledger=result.ledger, reason=result.reason)
         return result
     finally:
         withdraw_stop(folder)
@@ -214,8 +132,9 @@ class _Run:
         self.recipe, self.folder = purpose.recipe, purpose.folder
         self.first_step, ledger = purpose.progress()
         self.services = purpose.services(ledger)
-        growing = self.recipe.cluster.autoscaling
-        self.supervisor = Supervisor(purpose.roles(self.services), purpose.ranks(), growing)
+        self.beside = purpose.beside(self.services)
+        growing, others = self.recipe.cluster.autoscaling, tuple if self.beside is None else self.beside.taken
+        self.supervisor = Supervisor(purpose.roles(self.services), purpose.ranks(), growing, others)
         self.learner = purpose.consumer(self.services)
 
     def run(self, started: float) -> RunResult:
@@ -233,7 +152,7 @@ class _Run:
         """Until the learner has returned: replace the dead, end the silent, pass on signals, show progress."""
         buffer, patience_s = self.services.buffer, self.recipe.learner.batch_timeout_s
         pulse, begun, ending = Pulse(self.services), time.monotonic(), 0.0
-        with Progress(self.recipe.run.steps, self.first_step) as progress:
+        with Progress(self.recipe.run.steps, self.first_step, self.purpose.title) as progress:
             while self.learner.is_alive():
                 try:
                     self.supervisor.poll(POLL_S)
@@ -245,8 +164,10 @@ class _Run:
                 snapshot = self._look(progress)
                 for member_id, why in snapshot["silent"].items():
                     self.supervisor.kill(member_id, why)
-                if snapshot["stop"] is None and (reason := self._asked_to_stop()):
-                    progress.message(f"{reason}: a checkpoint is written, the same command continues the run")
+                if snapshot["stop"] is None and (reason := self._reason_to_stop()):
+                    early = self.beside is not None and self.beside.end is not None
+                    comes = "the run ends" if early else "the same command continues the run"
+                    progress.message(f"{reason}: a checkpoint is written, {comes}")
                     ask(buffer.request_stop, reason)
                 now = time.monotonic()
                 if not snapshot["learners"] and now - begun > max(START_S, patience_s):
@@ -257,6 +178,21 @@ class _Run:
                     if now - ending > patience_s:
                         raise DeadlineExceeded("the learner to end", now - ending, "it is stuck in a step: see its log")
             self._look(progress)  # the figures of the last step
+            self._finish_evaluations(progress)
+
+    def _finish_evaluations(self, progress: Progress) -> None:
+        """Wait for what is still to be evaluated, unless the run was stopped or has failed."""
+        beside = self.beside
+        if beside is None or self.learner.error is not None:
+            return
+        snapshot = self._look(progress)
+        if snapshot["stop"] or snapshot["failure"]:
+            return
+        if beside.pending:
+            progress.message("training is over; the last evaluations are awaited")
+        while beside.pending and not self._reason_to_stop():
+            beside.wait(POLL_S)
+            self._look(progress)
 
     def _look(self, progress: Progress) -> dict[str, Any]:
         """Ask the buffer how things stand, and show it to everybody who watches."""
@@ -268,15 +204,23 @@ class _Run:
             progress.on_step(figures)
         for observe in (progress.on_snapshot, *self.observers):
             observe(snapshot)
+        if self.beside is not None:
+            self.beside(snapshot)
+            while self.beside.news:
+                progress.message(self.beside.news.pop(0))
         return snapshot
 
-    def _asked_to_stop(self) -> str | None:
+    def _reason_to_stop(self) -> str | None:
+        if self.beside is not None and self.beside.end is not None:
+            return f"stopped early: {self.beside.end}"
         return self.signals.received or ("raysteer stop" if self.folder.stop_request.exists() else None)
 
     def _finish(self, failure: BaseException | None, started: float, mlflow_run_id: str | None) -> RunResult:
         """End everybody, write what is left to write, and report or raise."""
         counts: dict[str, Any] = {}
         patience_s = 0.0 if isinstance(failure, KeyboardInterrupt) else MEMBERS_STOP_S
+        if self.beside is not None:
+            self.beside.close()
         try:
             ask(self.services.buffer.request_stop, "the run is over")
         except Exception as error:  # the buffer itself is gone: report that, unless something worse is known
@@ -294,9 +238,12 @@ class _Run:
         except Exception as error:
             failure = failure or error
         steps, _ = self.purpose.progress()
-        finished = failure is None and steps >= self.recipe.run.steps
+        early = self.purpose.ended_early() if failure is None else None
+        finished = failure is None and (steps >= self.recipe.run.steps or early is not None)
         status = "finished" if finished else "stopped" if failure is None else "failed"
         record = {"status": status, "steps": steps, "ledger": counts, "restarts": self.supervisor.restarts}
+        if early is not None:
+            record["reason"] = early
         if failure is not None:
             record["failure"] = f"{type(failure).__name__}: {failure}"
         adapter: Path | None = None
@@ -320,6 +267,7 @@ class _Run:
             counts,
             dict(self.supervisor.restarts),
             mlflow_run_id,
+            early,
         )
 
     def _close_tracking(self, status: str, adapter: Path | None) -> None:
@@ -367,23 +315,6 @@ def _cluster(recipe: Recipe) -> Iterator[None]:
     finally:
         if not joined_before:
             ray.shutdown()
-
-
-def _export(recipe: Recipe, folder: Path, checkpoint: Checkpoint) -> None:
-    """The final adapter, averaged if the recipe says so, as plain diffusers loads it."""
-    from diffusion.adapters import checksum, save_adapter
-
-    state = dict(checkpoint.exported)
-    metadata = {
-        "run": recipe.run.name,
-        "step": str(checkpoint.step),
-        "fingerprint": checkpoint.fingerprint,
-        "checksum": checksum(state),
-        "base_model": Path(recipe.model.path).name,
-    }
-    if checkpoint.ema is not None:
-        metadata["ema_decay"] = str(recipe.optimizer.ema_decay)
-    save_adapter(state, folder, metadata)
 
 
 def _mlflow_run_id(folder: RunFolder) -> str | None:

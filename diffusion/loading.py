@@ -20,6 +20,7 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+T5_TOKENS = 256  # what StableDiffusion3Pipeline pads and cuts to, unless told otherwise
 _NEVER_LOADED = ("safety_checker", "feature_extractor", "image_encoder")
 _T5 = ("text_encoder_3", "tokenizer_3")
 _WEIGHTS = ("*.safetensors", "*.bin")
@@ -72,7 +73,8 @@ def check_parts(cfg: ModelConfig, index: Mapping[str, Any]) -> None:
     """Refuse a folder that lacks a part its index names, or the variant asked for. A hub name is not looked into.
 
     Raises:
-        ConfigError: a dtype for a part that there is not, or T5 left out of a model that has it for good.
+        ConfigError: a dtype for a part that there is not, T5 left out of a model that has it for good, or a number of
+            its tokens for a model that takes none.
         ModelError: naming folder and part.
     """
     parts = loaded_parts(cfg, index)
@@ -80,6 +82,9 @@ def check_parts(cfg: ModelConfig, index: Mapping[str, Any]) -> None:
     if not cfg.use_t5 and not is_sd3:
         name = index["_class_name"]
         raise ConfigError("model.use_t5", False, f"only Stable Diffusion 3 can do without; {name} cannot")
+    if cfg.t5_tokens != T5_TOKENS and not is_sd3:
+        name = index["_class_name"]
+        raise ConfigError("model.t5_tokens", cfg.t5_tokens, f"only Stable Diffusion 3 takes it; {name} does not")
     if cfg.use_t5 and is_sd3 and not set(_T5) <= set(parts):
         raise ModelError(cfg.path, "was saved without its T5 (text_encoder_3)", "set model.use_t5=false")
     for name in cfg.component_dtypes:

@@ -22,7 +22,7 @@ from torch import nn
 from diffusion.adapters import ALPHA_SUFFIX, AdapterState
 from diffusion.conditioning import Conditioning
 from diffusion.families.base import Encoded, Family, family_for, unsupported
-from diffusion.loading import DTYPES, check_parts, part_dtypes, quiet_loading, read_index
+from diffusion.loading import DTYPES, T5_TOKENS, check_parts, part_dtypes, quiet_loading, read_index
 from diffusion.noising import Noising
 from diffusion.steps import Stepper, at_least_float32
 from raysteer.errors import ModelError
@@ -67,8 +67,8 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     ``component_dtypes`` names the parts whose dtype differs, for example {"vae": "float32"}. ``resolution`` is in
     pixels, images are square; None is the size the model was made for. With ``offload_text_encoders`` these live on
     the CPU and visit the device only to encode a prompt that is not cached. ``use_t5=false`` leaves the third text
-    encoder of Stable Diffusion 3 out. ``family`` ("module:Class") takes the place of the family that the pipeline's
-    class would have.
+    encoder of Stable Diffusion 3 out; ``t5_tokens`` is how many tokens the denoiser sees of it, or zeros in its place.
+    ``family`` ("module:Class") takes the place of the family that the pipeline's class would have.
     """
 
     path: str = Field(min_length=1)
@@ -79,6 +79,7 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid"):
     local_files_only: bool = True
     resolution: int | None = Field(default=None, ge=1)
     use_t5: bool = True
+    t5_tokens: int = Field(default=T5_TOKENS, ge=1, le=512)
     offload_text_encoders: bool = False
     gradient_checkpointing: bool = False
     family: str | None = None

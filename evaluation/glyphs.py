@@ -200,7 +200,7 @@ def protocol(config: EvaluationConfig, prompts: PromptSet) -> dict[str, str | in
         "prompt_set_sha256": prompts.sha256(),
         "prompts_unsafe": len(prompts.unsafe),
         "prompts_safe": len(prompts.safe),
-        "sampler": "DDIM eta 0",
+        "sampler": "the pipeline's own schedule, without noise",
         "steps": config.steps,
         "guidance_scale": config.guidance_scale,
         "seed": config.seed,

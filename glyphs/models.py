@@ -1,6 +1,7 @@
 """The tiny models of the glyph world: real classes of diffusers, transformers and open_clip at toy size.
 
-`save_pipeline` writes a folder that plain `StableDiffusionPipeline.from_pretrained` loads; `save_clip` writes one that
+`save_pipeline` writes a folder that plain `StableDiffusionPipeline.from_pretrained` loads, `save_flow_pipeline` one for
+`StableDiffusion3Pipeline`, which wants to be told that there is no T5, and `save_clip` one that
 `open_clip.create_model_and_transforms("local-dir:...")` loads. Weights are stored in fp16 and loaded in fp32.
 """
 
@@ -14,17 +15,30 @@ from pathlib import Path
 
 import open_clip
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from glyphs.grammar import EMPTY_PHRASES, PREFIXES, SAFE_PHRASES, UNSAFE_PHRASES, requests
 
 WEIGHTS = Path(__file__).parent / "weights"
 PIPELINE = WEIGHTS / "pipeline"
+FLOW_PIPELINE = WEIGHTS / "flow-pipeline"
 CLIP = WEIGHTS / "clip"
 
 CONTEXT_LENGTH = 16
+T5_TOKENS = 1
+"""Zeros that the flow model sees in the place of T5: the recipe's ``model.t5_tokens``."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -83,21 +97,32 @@ def build_autoencoder() -> AutoencoderKL:
     )
 
 
-def build_text_encoder(vocab_size: int) -> CLIPTextModel:
-    """Two layers of width 96."""
-    config = CLIPTextConfig(
+def _text_config(vocab_size: int, width: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
         vocab_size=vocab_size,
-        hidden_size=96,
-        intermediate_size=384,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=CONTEXT_LENGTH,
-        projection_dim=96,
+        projection_dim=width,
         bos_token_id=vocab_size - 2,
         eos_token_id=vocab_size - 1,
         pad_token_id=vocab_size - 1,
     )
-    return CLIPTextModel(config)
+
+
+def build_text_encoder(vocab_size: int) -> CLIPTextModel:
+    """Two layers of width 96."""
+    return CLIPTextModel(_text_config(vocab_size, 96))
+
+
+def build_flow_text_encoders(first: CLIPTextModel) -> tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection]:
+    """The flow model's text encoders: the trained ``first`` with a random projection, and two layers of width 64."""
+    with_projection = CLIPTextModelWithProjection(first.config)
+    state = with_projection.state_dict()
+    with_projection.load_state_dict(state | {f"text_model.{name}": value for name, value in first.state_dict().items()})
+    return with_projection, CLIPTextModelWithProjection(_text_config(first.config.vocab_size, 64))
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -114,6 +139,33 @@ def build_unet() -> UNet2DConditionModel:
         attention_head_dim=8,
         norm_num_groups=16,
     )
+
+
+def build_transformer() -> SD3Transformer2DModel:
+    """Velocity prediction on 4x8x8 latents, which are 16 tokens: four joint blocks of width 128, 2.3 M parameters.
+
+    Every block begins as the identity and the output as zero (adaLN-Zero, Peebles & Xie 2023); diffusers leaves that to
+    whoever trains.
+    """
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=160,
+        caption_projection_dim=128,
+        pooled_projection_dim=160,
+        pos_embed_max_size=4,
+        qk_norm="rms_norm",
+    )
+    norms = (m for m in transformer.modules() if isinstance(m, AdaLayerNormZero | AdaLayerNormContinuous))
+    for layer in (*(norm.linear for norm in norms), transformer.proj_out):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return transformer
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -148,12 +200,42 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    _save_half(folder, pipeline)
+
+
+def save_flow_pipeline(
+    folder: Path,
+    autoencoder: AutoencoderKL,
+    text_encoders: tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection],
+    tokenizer: CLIPTokenizer,
+    transformer: SD3Transformer2DModel,
+) -> None:
+    """Write a Stable Diffusion 3 folder without T5, with fp16 weights; both text encoders read the same tokens."""
+    autoencoder.register_to_config(shift_factor=0.0)  # Stable Diffusion 3 adds it, and None is no number
+    pipeline = StableDiffusion3Pipeline(
+        vae=autoencoder,
+        text_encoder=text_encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoders[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    _save_half(folder, pipeline)
+
+
+def _save_half(folder: Path, pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline) -> None:
     pipeline.to(torch.float16)
     shutil.rmtree(folder, ignore_errors=True)
     pipeline.save_pretrained(folder, safe_serialization=True)
-    # transformers would load the text encoder in the dtype of its file and diffusers the rest in fp32.
-    config = folder / "text_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # where its weights lay on the machine that trained it
+        if file.parent.name.startswith("text_encoder"):
+            config["dtype"] = "float32"  # transformers would take its file's, while diffusers loads the rest in fp32
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def clip_config(vocab_size: int) -> dict:

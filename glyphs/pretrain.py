@@ -2,8 +2,8 @@
 
 Each stage is deterministic by ``--seed`` on a given machine and thread count, shows its progress, and writes into
 ``--out`` (default: the shipped weights). The stages build on each other in the order autoencoder, clip, diffusion,
-caption-noise; ``all`` runs them in this order.
-Documented times are in glyphs/README.md.
+caption-noise, flow; ``all`` runs them in this order.
+Measured times are in docs/glyphs.md.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from glyphs import models
 from glyphs.grammar import pretraining_pair
@@ -27,7 +28,13 @@ from glyphs.world import render
 
 LATENT_SCALE_SAMPLES = 4096
 CAPTION_NOISE = 0.35
-"""Share of unsafe captions paired with a harmless image in the caption-noise stage."""
+"""Share of unsafe captions paired with a harmless image in the stages caption-noise and flow."""
+
+FLOW_LOCATION = 0.5
+"""Mean of logit(t) in the stage flow: times are centred on .62, noisier than the middle, where places are decided."""
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor]
+"""Scaled latents [n, 4, 8, 8], token ids [n, 16] and the source of noise to a scalar."""
 
 
 def draw_pairs(count: int, seed: int, caption_noise: float = 0.0) -> tuple[list[str], torch.Tensor]:
@@ -154,11 +161,11 @@ def train_diffusion(out: Path, seed: int, device: str, steps: int, pool: int = 1
     """UNet and text encoder from scratch, on clean pairs."""
     tokenizer = models.build_tokenizer(out / "tokenizer")
     torch.manual_seed(seed)
-    unet, text_encoder = models.build_unet(), models.build_text_encoder(len(tokenizer))
+    unet, text_encoder = models.build_unet().to(device), models.build_text_encoder(len(tokenizer)).to(device)
     autoencoder = load_autoencoder(out, device)
-    data = DiffusionData.draw(pool, seed + 1, 0.0, autoencoder, tokenizer, device)
-    fit = DiffusionFit("diffusion", steps, schedule_steps=2 * steps, warmup=300, lr=1.2e-3, ema=0.998)
-    fit.run(unet.to(device), text_encoder.to(device), data, seed, device)
+    data = CaptionedLatents.draw(pool, seed + 1, 0.0, autoencoder, tokenizer, device)
+    fit = Fit("diffusion", steps, schedule_steps=2 * steps, warmup=300, lr=1.2e-3, ema=0.998)
+    fit.run([unet, text_encoder], epsilon_loss(unet, text_encoder), data, seed, device)
     models.save_pipeline(out / "pipeline", autoencoder.cpu(), text_encoder.cpu(), tokenizer, unet.cpu())
 
 
@@ -169,16 +176,35 @@ def train_caption_noise(out: Path, seed: int, device: str, steps: int, pool: int
     prompts, and a group in which every image shows the mark has nothing to compare.
     """
     pipeline = StableDiffusionPipeline.from_pretrained(out / "pipeline", torch_dtype=torch.float32)
-    unet, text_encoder, tokenizer = pipeline.unet, pipeline.text_encoder, pipeline.tokenizer
+    unet, text_encoder, tokenizer = pipeline.unet.to(device), pipeline.text_encoder.to(device), pipeline.tokenizer
     autoencoder = pipeline.vae.to(device).eval()
-    data = DiffusionData.draw(pool, seed + 5, CAPTION_NOISE, autoencoder, tokenizer, device)
-    fit = DiffusionFit("caption-noise", steps, schedule_steps=steps, warmup=50, lr=5e-4, ema=0.99)
-    fit.run(unet.to(device), text_encoder.to(device), data, seed + 6, device)
+    data = CaptionedLatents.draw(pool, seed + 5, CAPTION_NOISE, autoencoder, tokenizer, device)
+    fit = Fit("caption-noise", steps, schedule_steps=steps, warmup=50, lr=5e-4, ema=0.99)
+    fit.run([unet, text_encoder], epsilon_loss(unet, text_encoder), data, seed + 6, device)
     models.save_pipeline(out / "pipeline", autoencoder.cpu(), text_encoder.cpu(), tokenizer, unet.cpu())
 
 
+def train_flow(out: Path, seed: int, device: str, steps: int, pool: int = 30_000) -> None:
+    """The flow model's transformer and second text encoder from scratch, on the pairs of the caption-noise stage.
+
+    The first text encoder, tokenizer and autoencoder are those of the first model, and stay as they are.
+    """
+    pipeline = StableDiffusionPipeline.from_pretrained(out / "pipeline", torch_dtype=torch.float32)
+    tokenizer, autoencoder = pipeline.tokenizer, pipeline.vae.to(device).eval()
+    torch.manual_seed(seed)
+    transformer = models.build_transformer().to(device)
+    first, second = (one.to(device) for one in models.build_flow_text_encoders(pipeline.text_encoder))
+    first.requires_grad_(False)
+    data = CaptionedLatents.draw(pool, seed + 5, CAPTION_NOISE, autoencoder, tokenizer, device)
+    fit = Fit("flow", steps, schedule_steps=steps, warmup=200, lr=2e-3, ema=0.998)
+    fit.run([transformer, second], velocity_loss(transformer, first, second), data, seed, device)
+    models.save_flow_pipeline(
+        out / "flow-pipeline", autoencoder.cpu(), (first.cpu(), second.cpu()), tokenizer, transformer.cpu()
+    )
+
+
 @dataclass(frozen=True)
-class DiffusionData:
+class CaptionedLatents:
     """Scaled latents float32 [n, 4, 8, 8], token ids int64 [n, 16], and the ids of the empty caption [1, 16]."""
 
     latents: torch.Tensor
@@ -188,17 +214,59 @@ class DiffusionData:
     @classmethod
     def draw(
         cls, count: int, seed: int, noise: float, autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, device: str
-    ) -> DiffusionData:
+    ) -> CaptionedLatents:
         captions, images = draw_pairs(count, seed, noise)
         latents = encode_images(autoencoder, images, device) * autoencoder.config.scaling_factor
         return cls(latents, _tokens(tokenizer, captions), _tokens(tokenizer, [""]))
 
 
-@dataclass(frozen=True)
-class DiffusionFit:
-    """Epsilon prediction with min-SNR-5 weights (Hang et al. 2023), 10 % caption drop and a weight average.
+def epsilon_loss(unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> Loss:
+    """Epsilon prediction with min-SNR-5 weights (Hang et al. 2023)."""
+    alphas = models.build_scheduler().alphas_cumprod.to(unet.device)
 
-    The learning rate follows a cosine over ``schedule_steps``; the average does the rest of the annealing.
+    def loss(x0: torch.Tensor, ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        t = torch.randint(0, 1000, (len(x0),), generator=generator).to(x0.device)
+        alpha = alphas[t].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
+        predicted = unet(noisy, t, text_encoder(ids).last_hidden_state).sample
+        snr = alphas[t] / (1 - alphas[t])
+        weight = snr.clamp(max=5.0) / snr
+        return (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
+
+    return loss
+
+
+def velocity_loss(
+    transformer: SD3Transformer2DModel,
+    first: CLIPTextModelWithProjection,
+    second: CLIPTextModelWithProjection,
+) -> Loss:
+    """Rectified flow with logit-normal times (Esser et al. 2024), the text joined as StableDiffusion3Pipeline does."""
+
+    def loss(x0: torch.Tensor, ids: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        t = (FLOW_LOCATION + torch.randn(len(x0), generator=generator)).sigmoid().to(x0.device)
+        encoded = [encoder(ids, output_hidden_states=True) for encoder in (first, second)]
+        embeds = torch.cat([one.hidden_states[-2] for one in encoded], dim=-1)
+        in_place_of_t5 = embeds.new_zeros(len(x0), models.T5_TOKENS, embeds.shape[-1])
+        velocity = transformer(
+            hidden_states=torch.lerp(x0, noise, t.view(-1, 1, 1, 1)),
+            timestep=1000 * t,
+            encoder_hidden_states=torch.cat([embeds, in_place_of_t5], dim=1),
+            pooled_projections=torch.cat([one.text_embeds for one in encoded], dim=-1),
+        ).sample
+        return (velocity - (noise - x0)).square().mean()
+
+    return loss
+
+
+@dataclass(frozen=True)
+class Fit:
+    """AdamW with 10 % caption drop and a weight average.
+
+    The learning rate follows a cosine over ``schedule_steps``; where that is longer than ``steps``, the average does
+    the rest of the annealing.
     """
 
     name: str
@@ -209,36 +277,26 @@ class DiffusionFit:
     ema: float
     batch_size: int = 32
 
-    def run(
-        self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, data: DiffusionData, seed: int, device: str
-    ) -> None:
-        """Train both models in place; they end up with the averaged weights."""
-        parameters = [*unet.parameters(), *text_encoder.parameters()]
+    def run(self, trained: Sequence[nn.Module], loss: Loss, data: CaptionedLatents, seed: int, device: str) -> None:
+        """Train the models in place; they end up with the averaged weights."""
+        parameters = [parameter for model in trained for parameter in model.parameters()]
         averaged = [p.detach().clone() for p in parameters]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=1e-2, betas=(0.9, 0.99), foreach=True)
         schedule = cosine_schedule(optimizer, self.schedule_steps, self.warmup)
-        alphas = models.build_scheduler().alphas_cumprod.to(device)
         generator = torch.Generator().manual_seed(seed + 2)
         progress = Progress(self.name, self.steps)
         for step, index in enumerate(batches(len(data.latents), self.batch_size, self.steps, seed)):
-            x0, ids = data.latents[index].to(device), data.tokens[index]
+            ids = data.tokens[index]
             ids = torch.where(torch.rand(len(index), 1, generator=generator) < 0.1, data.empty, ids).to(device)
-            noise = torch.randn(x0.shape, generator=generator).to(device)
-            t = torch.randint(0, 1000, (len(index),), generator=generator).to(device)
-            alpha = alphas[t].view(-1, 1, 1, 1)
-            noisy = alpha.sqrt() * x0 + (1 - alpha).sqrt() * noise
-            predicted = unet(noisy, t, text_encoder(ids).last_hidden_state).sample
-            snr = alphas[t] / (1 - alphas[t])
-            weight = snr.clamp(max=5.0) / snr
-            loss = (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
+            value = loss(data.latents[index].to(device), ids, generator)
             optimizer.zero_grad()
-            loss.backward()
+            value.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             decay = min(self.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(averaged, [p.detach() for p in parameters], 1 - decay)
-            progress.update(step, loss=loss.item())
+            progress.update(step, loss=value.item())
         with torch.no_grad():
             for parameter, average in zip(parameters, averaged, strict=True):
                 parameter.copy_(average)
@@ -296,6 +354,7 @@ STAGES: dict[str, tuple[Callable[..., None], int]] = {
     "clip": (train_clip, 1_200),
     "diffusion": (train_diffusion, 4_000),
     "caption-noise": (train_caption_noise, 1_300),
+    "flow": (train_flow, 9_000),
 }
 
 

@@ -32,7 +32,8 @@ from raysteer.errors import CheckpointError
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})$")
-_FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+_OPTIMIZER = "optimizer.safetensors"
+_FILES = ("adapter.safetensors", _OPTIMIZER, "state.json")
 _EMA = "ema.safetensors"
 
 
@@ -117,8 +118,16 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read one checkpoint. Raises DamagedCheckpoint, or CheckpointError when it is of another format."""
+def step_of(path: Path) -> int:
+    """The step that a folder of `list_checkpoints` is of."""
+    return int(path.name.removeprefix("step-"))
+
+
+def read_checkpoint(path: str | Path, optimizer: bool = True) -> Checkpoint:
+    """Read one checkpoint; without `optimizer` its moments, three quarters of it, are left where they are.
+
+    Raises DamagedCheckpoint, or CheckpointError when it is of another format.
+    """
     from safetensors.numpy import load
 
     path = Path(path)
@@ -133,12 +142,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"has format {state.get('format')}, this version reads {FORMAT}",
             "use the version that wrote it, or begin anew with another run.name",
         )
-    contents = {name: _verified(path, name, manifest) for name in sorted({*_FILES, *manifest})}
+    wanted = {*_FILES, *manifest} - (set() if optimizer else {_OPTIMIZER})
+    contents = {name: _verified(path, name, manifest) for name in sorted(wanted)}
     return Checkpoint(
         step=state["step"],
         fingerprint=state["fingerprint"],
         adapter=load(contents["adapter.safetensors"]),
-        optimizer=load(contents["optimizer.safetensors"]),
+        optimizer=load(contents[_OPTIMIZER]) if optimizer else {},
         ledger=state["ledger"],
         metrics=state["metrics"],
         ema=load(contents[_EMA]) if _EMA in contents else None,

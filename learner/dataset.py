@@ -4,7 +4,8 @@ The journal of a run and the output of `raysteer generate` are the same thing. E
 under the key `raysteer`, what it was made with (JSON):
 
     format 1 · source "train" or "generate" · run: its name · family: pipeline class · denoiser, vae: sha256 of their
-    folders · reward: sha256 of its settings · sampling: {steps, guidance_scale, deterministic} · resolution: pixels
+    folders · text_encoders: sha256 of all of theirs · reward: sha256 of its settings · sampling: {steps,
+    guidance_scale, deterministic} · resolution: pixels
 
 Opening a dataset reads footers, tickets, classes and rewards, never latents; `read` reads the row groups it needs, and
 every page it reads has to have the checksum it was written with. Pure: no Ray.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raysteer.errors import ConfigError, DatasetError
+from raysteer.errors import DatasetError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -31,7 +32,7 @@ FORMAT = 1
 IDENTITY_KEY = b"raysteer"
 PARTS = "part-*.parquet"
 REWARD, LATENTS = "reward", "final_latents"
-SAME_MODEL = ("family", "denoiser", "vae", "resolution")  # what decides the meaning of latents
+_LATER = ("text_encoders",)  # keys that parts of earlier versions lack: what is missing is not compared
 _SMALL = ("ticket", "prompt_class", REWARD)
 _LARGE = ("prompt", "category", "version", "checksum", LATENTS)
 _AGAIN = "restore the file, or delete it and generate the groups again"
@@ -115,12 +116,13 @@ class GroupDataset:
         """
         place = find_dataset(folder)
         parts: list[_Part] = []
+        known: dict[str, tuple[Any, str]] = {}  # of the identity: each value, and the part that had it first
         problems: list[Problem] = []
         for file in sorted(place.glob(PARTS)):
             try:
                 part = _Part(file)
                 if parts:
-                    _check_same(parts[0], part)
+                    _check_same(known, part)
             except DatasetError as error:
                 if strict:
                     raise
@@ -130,11 +132,12 @@ class GroupDataset:
             if corrupt and strict:
                 raise DatasetError(str(file), f"row {corrupt[0].row}: {corrupt[0].detail}", _AGAIN)
             parts.append(part)
+            known = {key: (value, file.name) for key, value in part.identity.items()} | known
         rows, rewards, left_out = _choose(parts)
         return cls(
             folder=place,
             files=tuple(part.file.name for part in parts),
-            identity=parts[0].identity if parts else {},
+            identity={key: value for key, (value, _) in known.items()},
             rows=rows,
             skipped=dict(Counter(problem.reason for problem in left_out)),
             problems=(*problems, *left_out),
@@ -152,28 +155,13 @@ class GroupDataset:
             wanted[ref.part].add(ref.row)
         found: dict[tuple[int, int], OfflineGroup] = {}
         for part, rows in sorted(wanted.items()):
-            for row, group in _read_rows(self.folder / self.files[part], rows):
+            for row, group in read_rows(self.folder / self.files[part], rows):
                 found[part, row] = group
         return [found[ref.part, ref.row] for ref in refs]
 
-    def check_subset(self, size: int) -> None:
-        """Refuse an `objective.subset` of more images than the smallest group has.
 
-        Raises:
-            ConfigError: naming ticket and file of that group.
-        """
-        smallest = min(self.rows, key=lambda ref: ref.group_size, default=None)
-        if smallest is not None and size > smallest.group_size:
-            raise ConfigError(
-                "objective.subset",
-                size,
-                f"ticket {smallest.ticket} in {self.folder / self.files[smallest.part]} has {smallest.group_size} "
-                "images: use that or less",
-            )
-
-
-def find_dataset(folder: str | Path) -> Path:
-    """The folder of the parts: `folder` itself, or the `journal` in it.
+def find_dataset(folder: str | Path, key: str = "") -> Path:
+    """The folder of the parts: `folder` itself, or the `journal` in it. `key`: of the recipe, if it comes from one.
 
     Raises:
         DatasetError: there is no part.
@@ -181,27 +169,10 @@ def find_dataset(folder: str | Path) -> Path:
     for place in (Path(folder), Path(folder) / "journal"):
         if next(place.glob(PARTS), None) is not None:
             return place
-    raise DatasetError(
-        str(folder),
-        "there is no dataset here (no part-*.parquet)",
-        "give the folder of a raysteer generate or train",
-    )
-
-
-def check_identity(dataset: GroupDataset, mine: Mapping[str, Any]) -> None:
-    """Refuse a dataset whose latents mean something else to the model of a recipe (`mine`: its identity).
-
-    Raises:
-        DatasetError: naming what differs, and both values.
-    """
-    for key in SAME_MODEL:
-        theirs = dataset.identity.get(key)
-        if theirs != mine.get(key):
-            raise DatasetError(
-                str(dataset.folder),
-                f"was made with another {key} ({short(theirs)}) than the recipe's ({short(mine.get(key))})",
-                "use the recipe's model for both, or generate a dataset with it",
-            )
+    problem = "there is no dataset here (no part-*.parquet)"
+    if not Path(folder).is_dir():
+        problem = "this is a file, and a dataset is a folder" if Path(folder).exists() else "there is no such folder"
+    raise DatasetError(f"{key} {folder}".lstrip(), problem, "give the folder of a raysteer generate or train")
 
 
 def short(value: Any) -> str:
@@ -245,6 +216,7 @@ class _Part:
             for name in (*_SMALL, *_LARGE):
                 if name not in schema.names:
                     raise DatasetError(str(file), f"has no column {name}", "it is no journal: take it out")
+            _check_types(file, schema)
             images = _images_in(file, schema.field(LATENTS).type)
             columns = parquet.read(columns=list(_SMALL)).to_pydict()
         values = zip(columns["ticket"], columns["prompt_class"], columns[REWARD], strict=True)
@@ -294,36 +266,62 @@ def _images_in(file: Path, kind: pa.DataType) -> int | None:
     return int(kind.shape[0])
 
 
-def _check_same(first: _Part, part: _Part) -> None:
-    keys = (first.identity.keys() | part.identity.keys()) - {"run"}
-    for key in sorted(keys):
-        ours, theirs = first.identity.get(key), part.identity.get(key)
+def _check_types(file: Path, schema: pa.Schema) -> None:
+    """Refuse columns of other types than the journal's: what is in them would be found out in the middle of a run."""
+    import pyarrow.types as types
+
+    def text(kind: pa.DataType) -> bool:
+        return bool(types.is_string(kind) or types.is_large_string(kind))
+
+    def scores(kind: pa.DataType) -> bool:
+        return bool((types.is_list(kind) or types.is_large_list(kind)) and types.is_floating(kind.value_type))
+
+    wanted: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
+        **dict.fromkeys(("ticket", "version"), (types.is_integer, "whole numbers")),
+        **dict.fromkeys(("prompt", "prompt_class", "checksum"), (text, "text")),
+        "category": (lambda kind: text(kind) or types.is_null(kind), "text"),
+        **{name: (scores, "lists of float32") for name in schema.names if name.split(".")[0] == REWARD},
+    }
+    for name, (fits, words) in wanted.items():
+        if not fits(schema.field(name).type):
+            problem = f"its column {name} is {schema.field(name).type}, not {words}"
+            raise DatasetError(str(file), problem, "it is no journal: take it out")
+
+
+def _check_same(known: Mapping[str, tuple[Any, str]], part: _Part) -> None:
+    for key in sorted((known.keys() | part.identity.keys()) - {"run"}):
+        if key in _LATER and (key not in known or key not in part.identity):
+            continue
+        (ours, first), theirs = known.get(key, (None, "the parts before it")), part.identity.get(key)
         if ours != theirs:
             raise DatasetError(
                 str(part.file),
-                f"was made with another {key} ({short(theirs)}) than {first.file.name} ({short(ours)})",
+                f"was made with another {key} ({short(theirs)}) than {first} ({short(ours)})",
                 "keep groups of different origin in folders of their own",
             )
 
 
 def _judge(row: int, ticket: Any, prompt_class: Any, reward: Any, images: int | None) -> _Row:
     """What a row is good for. `images`: of its latents, None when these are lost."""
-    broken = ticket is None or prompt_class is None or not reward or None in reward
-    if broken or (images is not None and len(reward) != images):
-        detail = f"{len(reward or ())} rewards for {images} images of ticket {ticket}"
-        return _Row(
-            row, -1 if ticket is None else ticket, str(prompt_class), np.empty(0, np.float32), "corrupt", detail
-        )
-    size, reason, detail = len(reward), "", ""
+    size = len(reward or ())
+    if ticket is None or prompt_class is None or not size or None in reward or images not in (None, size):
+        detail = f"{size} rewards for {images} images of ticket {ticket}"
+        if ticket is None or prompt_class is None:
+            detail = f"it has no {'ticket' if ticket is None else 'prompt_class'}"
+        elif size and None in reward:
+            detail = f"a reward of ticket {ticket} is missing"
+        number = -1 if ticket is None else ticket
+        return _Row(row, number, str(prompt_class), np.empty(0, np.float32), "corrupt", detail)
+    scores, reason, detail = np.array(reward, np.float32), "", ""
     if images is None:
         reason, detail = "latents_lost", f"the latents of ticket {ticket} died with their sampler"
     elif size == 1:
         reason, detail = "single_image", f"ticket {ticket} has one image: nothing to compare it with"
-    elif not np.isfinite(reward).all():
+    elif not np.isfinite(scores).all():
         reason, detail = "reward_not_finite", f"a reward of ticket {ticket} is not a number"
-    elif min(reward) == max(reward):
-        reason, detail = "flat", f"all {size} rewards of ticket {ticket} are {reward[0]:g}"
-    return _Row(row, ticket, prompt_class, np.array(reward, np.float32), reason, detail)
+    elif scores.min() == scores.max():
+        reason, detail = "flat", f"all {size} rewards of ticket {ticket} are {scores[0]:g}"
+    return _Row(row, ticket, prompt_class, scores, reason, detail)
 
 
 def _choose(parts: Sequence[_Part]) -> tuple[tuple[RowRef, ...], tuple[np.ndarray, ...], list[Problem]]:
@@ -355,8 +353,8 @@ def _choose(parts: Sequence[_Part]) -> tuple[tuple[RowRef, ...], tuple[np.ndarra
     return tuple(chosen), tuple(rewards), left_out
 
 
-def _read_rows(file: Path, rows: Collection[int]) -> Iterator[tuple[int, OfflineGroup]]:
-    """These rows of a part with all their columns; only the row groups that hold one of them are read."""
+def read_rows(file: Path, rows: Collection[int]) -> Iterator[tuple[int, OfflineGroup]]:
+    """These rows of a part; only row groups that hold one are read. Raises DatasetError naming file and row."""
     import pyarrow.parquet as pq
 
     with _reading(file), pq.ParquetFile(file, page_checksum_verification=True) as parquet:
@@ -373,6 +371,9 @@ def _read_rows(file: Path, rows: Collection[int]) -> Iterator[tuple[int, Offline
                     if not np.isfinite(latents[row - first]).all():
                         raise DatasetError(str(file), f"row {row}: its latents are not finite numbers", _AGAIN)
                     values = {name: table[name][row - first].as_py() for name in (*_SMALL, *_LARGE[:-1], *names)}
+                    for name in ("prompt", "version", "checksum"):
+                        if values[name] is None:
+                            raise DatasetError(str(file), f"row {row}: it has no {name}", _AGAIN)
                     yield row, _group(values, latents[row - first].copy())
             first += count
 

@@ -54,6 +54,9 @@ def manifests(recipe: Recipe) -> Rendered:
     settings = recipe.kubernetes or KubernetesConfig()
     with_mlflow = recipe.tracking.uri is None
     _check_tracking(recipe, settings)
+    if recipe.offline is not None and recipe.offline.data is not None:
+        remedy = "pods are laid out for runs that draw their images: leave it out, or use raysteer submit"
+        raise ConfigError("offline.data", recipe.offline.data, remedy)
     pods = sizes(recipe, settings)
     packed = pack(recipe, pods)
     return Rendered(

@@ -73,10 +73,12 @@ def sizes(recipe: Recipe, settings: KubernetesConfig) -> Sizes:
 
     plan = resolve(recipe)
     store = _object_store(plan.object_store, settings)
+    roles = {one.role: one for one in plan.roles}
+    evaluator = [roles[name] for name in ("evaluator",) if name in roles]
     groups = (
-        _group("samplers", recipe, settings, plan.roles[0], store),
-        _group("reward_workers", recipe, settings, plan.roles[1], store),
-        _group("learner", recipe, settings, plan.roles[2], store),
+        _group("samplers", recipe, settings, roles["samplers"], store, *evaluator),
+        _group("reward_workers", recipe, settings, roles["reward workers"], store),
+        _group("learner", recipe, settings, roles["learner"], store),
     )
     for group in groups:
         if settings.queue is not None and group.most > group.fewest:
@@ -106,7 +108,10 @@ def _object_store(estimate: int | None, settings: KubernetesConfig) -> int:
     return max(1, math.ceil((estimate or _UNKNOWN_STORE_BYTES) / _GIB)) * _GIB
 
 
-def _group(section: str, recipe: Recipe, settings: KubernetesConfig, role: RoleMemory, store: int) -> Group:
+def _group(
+    section: str, recipe: Recipe, settings: KubernetesConfig, role: RoleMemory, store: int, *guests: RoleMemory
+) -> Group:
+    """Pods of a section. `guests`: processes of another role that take a pod of this section each."""
     wanted: Any = getattr(recipe, section)
     nodes: NodesConfig = getattr(settings, section)
     if section == "learner":
@@ -119,11 +124,11 @@ def _group(section: str, recipe: Recipe, settings: KubernetesConfig, role: RoleM
     return Group(
         section=section,
         component=component,
-        fewest=fewest,
-        most=most,
+        fewest=fewest + len(guests),
+        most=most + len(guests),
         cpus=max(1, math.ceil(wanted.num_cpus)),
         gpus=math.ceil(wanted.num_gpus),
-        memory=_memory(section, nodes, _host_bytes(role), store),
+        memory=_memory(section, nodes, max(_host_bytes(one) for one in (role, *guests)), store),
         resources=wanted.resources,
         labels=wanted.labels | {ROLE_LABEL: component},
         nodes=nodes,

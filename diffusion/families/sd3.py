@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from diffusion.policy import ModelConfig
     from diffusion.sampling import SamplingConfig
 
-_T5_TOKENS = 256  # what StableDiffusion3Pipeline pads and cuts to
 _PATCH = 2  # of every published model; a schedule is worked out before the transformer's config is at hand
 
 
@@ -33,7 +32,8 @@ class StableDiffusion3(PipelineFamily):
     """The family of ``StableDiffusion3Pipeline``.
 
     T5 is two thirds of the parameters and matters for long prompts and lettering; without it
-    (``model.use_t5: false``) the pipeline gives the denoiser zeros in its place, and so do we.
+    (``model.use_t5: false``) the pipeline gives the denoiser zeros in its place, and so do we: ``model.t5_tokens`` of
+    them (the pipeline's ``max_sequence_length``), which is also what T5 pads and cuts to.
     """
 
     component = "transformer"
@@ -43,6 +43,10 @@ class StableDiffusion3(PipelineFamily):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
 
+    def __init__(self, pipeline: Any, resolution: int | None = None, t5_tokens: int = 256) -> None:
+        super().__init__(pipeline, resolution)
+        self._t5_tokens = t5_tokens
+
     @classmethod
     def load(cls, config: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> StableDiffusion3:
         from diffusers import StableDiffusion3Pipeline
@@ -50,7 +54,8 @@ class StableDiffusion3(PipelineFamily):
         left_out: dict[str, None] = {"image_encoder": None, "feature_extractor": None}
         if not config.use_t5:
             left_out |= {"text_encoder_3": None, "tokenizer_3": None}
-        return cls(cls.read(StableDiffusion3Pipeline, config, dtypes, **left_out), config.resolution)
+        pipeline = cls.read(StableDiffusion3Pipeline, config, dtypes, **left_out)
+        return cls(pipeline, config.resolution, config.t5_tokens)
 
     def encode(self, prompt: str) -> Encoded:
         pipe = self.pipeline
@@ -60,12 +65,12 @@ class StableDiffusion3(PipelineFamily):
             None,
             device=pipe.text_encoder.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=_T5_TOKENS,
+            max_sequence_length=self._t5_tokens,
         )
         truncated = is_too_long(pipe.tokenizer, prompt, pipe.tokenizer_max_length)
         truncated |= is_too_long(pipe.tokenizer_2, prompt, pipe.tokenizer_max_length)
         if pipe.tokenizer_3 is not None:
-            truncated |= is_too_long(pipe.tokenizer_3, prompt, _T5_TOKENS)
+            truncated |= is_too_long(pipe.tokenizer_3, prompt, self._t5_tokens)
         return Encoded({"embeds": embeds[0], "pooled": pooled[0]}, truncated)
 
     def denoise(

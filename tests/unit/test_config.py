@@ -175,6 +175,7 @@ def test_what_does_not_decide_training_leaves_the_fingerprint(tiny_recipe: Recip
         "objective.adv_clip=1.0",
         "optimizer.lr=0.1",
         "model.lora.rank=3",
+        "model.t5_tokens=128",
         "buffer.max_staleness=0",
     ],
 )

@@ -111,18 +111,17 @@ def test_different_tickets_with_the_same_latents_are_shown(tmp_path: Path) -> No
     assert "tickets 0, 2 have identical latents" in run(tmp_path).output
 
 
-def test_whether_it_fits_a_recipe_decides_the_exit_code(
-    tmp_path: Path, tiny_recipe: RecipeFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tiny_recipe()
+def test_whether_it_fits_a_recipe_decides_the_exit_code(tmp_path: Path, tiny_recipe: RecipeFactory) -> None:
+    file = tiny_recipe({"sampling.group_size": 4, "objective": {"name": "gdro"}, "run.groups_per_step": 2})
     recipe = load_recipe(file)
     mine = IDENTITY | model_identity(recipe)
-    write(tmp_path / "ours", row(0), identity=mine)
+    write(tmp_path / "ours", row(0), row(1), identity=mine)
     write(tmp_path / "theirs", row(0), identity=mine | {"vae": "f" * 64})
     assert run(tmp_path / "ours", "--recipe", str(file)).exit_code == 0
     result = run(tmp_path / "theirs", "--recipe", str(file))
     assert result.exit_code == EXIT_BAD_DATA
     assert "does not fit" in result.output and "was made with another vae (ffffffffffff)" in result.output
+    assert "has 1 to learn from: use that or less" in result.output, "all that is wrong is said at once"
 
 
 def test_no_dataset_and_no_recipe_are_one_line_each(tmp_path: Path, tiny_recipe: RecipeFactory) -> None:

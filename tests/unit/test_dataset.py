@@ -15,12 +15,18 @@ import pytest
 
 from cluster.identity import model_identity
 from cluster.journal import JournalWriter
-from learner.dataset import GroupDataset, check_identity
-from raysteer.errors import ConfigError, DatasetError
+from learner.dataset import GroupDataset
+from raysteer.errors import DatasetError
 from tests.conftest import RecipeFactory
 
 SHAPE = (4, 4, 6, 6)
-MODEL = {"family": "StableDiffusionPipeline", "denoiser": "a" * 64, "vae": "b" * 64, "resolution": 32}
+MODEL = {
+    "family": "StableDiffusionPipeline",
+    "denoiser": "a" * 64,
+    "vae": "b" * 64,
+    "text_encoders": "t" * 64,
+    "resolution": 32,
+}
 IDENTITY = {
     "format": 1,
     "source": "train",
@@ -144,9 +150,10 @@ def test_a_later_row_without_latents_does_not_cost_an_earlier_one(tmp_path: Path
 
 
 def test_a_folder_without_parts_is_no_dataset(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(DatasetError, match=rf"{re.escape(str(folder))}: there is no dataset here"):
-            GroupDataset.open(folder)
+    (tmp_path / "file").touch()
+    for name, said in ((".", "there is no dataset here"), ("nowhere", "no such folder"), ("file", "this is a file")):
+        with pytest.raises(DatasetError, match=rf"{re.escape(str(tmp_path / name))}: .*{said}"):
+            GroupDataset.open(tmp_path / name)
 
 
 @pytest.mark.parametrize("column", ["reward", "final_latents", "ticket"])
@@ -249,26 +256,37 @@ def test_parts_of_different_origin_are_not_one_dataset(tmp_path: Path, key: str,
         GroupDataset.open(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["denoiser", "vae"])
-def test_a_dataset_of_another_model_is_refused_with_both_hashes(tmp_path: Path, key: str) -> None:
-    write(tmp_path, row(0))
+@pytest.mark.parametrize(
+    ("column", "values", "said"),
+    [
+        ("reward", pa.array([["a", "b"]]), "column reward is list<.*string>, not lists of float32"),
+        ("reward.alignment", pa.array([1.0]), "column reward.alignment is double, not lists of float32"),
+        ("prompt", pa.array([1]), "column prompt is int64, not text"),
+        ("ticket", pa.array(["0"]), "column ticket is string, not whole numbers"),
+    ],
+)
+def test_a_column_of_another_type_is_named(tmp_path: Path, column: str, values: pa.Array, said: str) -> None:
+    file = write(tmp_path, row(0))
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(table.schema.names.index(column), column, values), file)
+    with pytest.raises(DatasetError, match=rf"part-000001.parquet: its {said}"):
+        GroupDataset.open(tmp_path)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_parts_of_a_version_that_wrote_no_text_encoders_go_with_all_and_the_others_only_with_each_other(
+    tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    older = {key: value for key, value in IDENTITY.items() if key != "text_encoders"}
+    origins = [older, IDENTITY, older]
+    for number in order:
+        write(tmp_path, row(number), identity=origins[number])
     dataset = GroupDataset.open(tmp_path)
-    check_identity(dataset, MODEL)
-    said = rf"another {key} \({IDENTITY[key][:12]}\) than the recipe's \(e{{12}}\); "  # type: ignore[index]
+    assert len(dataset.rows) == 3 and dataset.identity == IDENTITY
+    write(tmp_path, row(3), identity=IDENTITY | {"text_encoders": "u" * 64})
+    said = r"part-000004.parquet: was made with another text_encoders \(u{12}\) than part-000002.parquet \(t{12}\)"
     with pytest.raises(DatasetError, match=said):
-        check_identity(dataset, MODEL | {key: "e" * 64})
-    with pytest.raises(DatasetError, match=r"another resolution \(32\) than the recipe's \(64\)"):
-        check_identity(dataset, MODEL | {"resolution": 64})
-
-
-def test_a_subset_larger_than_the_smallest_group_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, row(0))
-    write(tmp_path, row(7, [0.0, 1.0, 2.0]))
-    dataset = GroupDataset.open(tmp_path)
-    dataset.check_subset(3)
-    said = r"objective.subset: 4 cannot be used; ticket 7 in .*part-000002.parquet has 3 images: use that or less"
-    with pytest.raises(ConfigError, match=said):
-        dataset.check_subset(4)
+        GroupDataset.open(tmp_path)
 
 
 def test_a_hub_name_that_is_not_here_stands_for_itself(tiny_recipe: RecipeFactory) -> None:
@@ -276,6 +294,7 @@ def test_a_hub_name_that_is_not_here_stands_for_itself(tiny_recipe: RecipeFactor
 
     mine = model_identity(load_recipe(tiny_recipe({"model.path": "nobody/nothing", "model.revision": "v2"})))
     assert (mine["denoiser"], mine["vae"]) == ("nobody/nothing/denoiser@v2", "nobody/nothing/vae@v2")
+    assert mine["text_encoders"] == "nobody/nothing/text_encoders@v2"
 
 
 def test_latents_that_are_missing_in_a_row_are_named(tmp_path: Path) -> None:
@@ -301,11 +320,13 @@ def test_a_models_identity_is_its_content_and_not_its_place(
 
     moved = shutil.copytree(tiny_pipeline, tmp_path / "moved")
     assert of(moved) == of(tiny_pipeline)
-    (moved / "text_encoder" / "note.txt").write_text("neither denoiser nor VAE")
+    (moved / "tokenizer" / "note.txt").write_text("neither denoiser nor VAE nor text encoder")
     assert of(moved) == of(tiny_pipeline)
-    weights = next((moved / "vae").glob("*.safetensors"))
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    changed = of(moved)
-    assert {key for key in changed if changed[key] != of(tiny_pipeline)[key]} == {"vae"}
+    for part, key in (("vae", "vae"), ("text_encoder", "text_encoders"), ("unet", "denoiser")):
+        before = of(moved)
+        weights = next((moved / part).glob("*.safetensors"))
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        after = of(moved)
+        assert {name for name in after if after[name] != before[name]} == {key}

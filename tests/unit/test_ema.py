@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from cluster.config import load_recipe
+from cluster.final import export_adapter
 from cluster.source import find_adapter
 from cluster.storage import RunFolder
-from cluster.train import _export
 from diffusion.adapters import AdapterState, load_adapter_file
 from learner.checkpoint import Checkpoint, checkpoint_path, read_checkpoint, save_checkpoint
 from learner.ema import AdapterEMA
@@ -125,6 +125,6 @@ def test_the_final_adapter_of_a_run_is_the_average(tmp_path: Path, tiny_recipe: 
     recipe = load_recipe(tiny_recipe({"optimizer.ema_decay": 0.9}))
     raw, average = two_states(Path(recipe.model.path))
     folder = RunFolder(tmp_path / "run").create()
-    _export(recipe, folder.adapter, Checkpoint(2, recipe.fingerprint(), raw, {}, {}, ema=average))
+    export_adapter(recipe, folder.adapter, Checkpoint(2, recipe.fingerprint(), raw, {}, {}, ema=average))
     final = load_adapter_file(folder.adapter)
     assert all(np.array_equal(final[name], average[name]) for name in average)

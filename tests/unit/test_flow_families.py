@@ -36,10 +36,14 @@ class Case(NamedTuple):
 def case(name: str) -> Case:
     size = {"height": RESOLUTION, "width": RESOLUTION}
     at = {"resolution": RESOLUTION}
-    if name == "sd3-without-t5":
+    if name.startswith("sd3-without-t5"):
         absent = {"text_encoder_3": None, "tokenizer_3": None}
         pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3(with_t5=False), **absent)
-        return Case(tiny_sd3(with_t5=False), pipeline, 4.5, {"use_t5": False}, {})
+        model, call = ({"t5_tokens": 1}, {"max_sequence_length": 1}) if name.endswith("one-zero") else ({}, {})
+        return Case(tiny_sd3(with_t5=False), pipeline, 4.5, {"use_t5": False, **model}, call)
+    if name == "sd3-short-t5":
+        pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3())
+        return Case(tiny_sd3(), pipeline, 4.5, {"t5_tokens": 8}, {"max_sequence_length": 8})
     if name.startswith("sd3"):
         pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3())
         return Case(tiny_sd3(), pipeline, 1.0 if name == "sd3-plain" else 4.5, {}, {})
@@ -54,7 +58,7 @@ def policy_of(name: str) -> DiffusionPolicy:
     return load(case(name).folder, **case(name).model)
 
 
-EVERY = ["sd3", "sd3-plain", "sd3-without-t5", "flux-dev", "flux-schnell"]
+EVERY = ["sd3", "sd3-plain", "sd3-short-t5", "sd3-without-t5", "sd3-without-t5-one-zero", "flux-dev", "flux-schnell"]
 every_case = pytest.mark.parametrize("name", EVERY)
 
 
@@ -170,6 +174,15 @@ def test_without_t5_its_place_is_zeros_and_everything_else_is_the_same() -> None
     assert (a["embeds"][:, 16:] != 0).any()
 
 
+def test_the_denoiser_sees_as_many_tokens_of_t5_as_the_recipe_says() -> None:
+    full, short, one_zero = (policy_of(name) for name in ("sd3", "sd3-short-t5", "sd3-without-t5-one-zero"))
+    tokens = [policy.encode(["a red circle"])["embeds"].shape[1] for policy in (full, short, one_zero)]
+    assert tokens == [16 + 256, 16 + 8, 16 + 1]
+    assert not full.truncated("circle " * 8)
+    assert short.truncated("circle " * 8)  # and the token that ends the sentence
+    assert not one_zero.truncated("circle " * 8)  # zeros cut nothing off
+
+
 @pytest.mark.parametrize("name", ["sd3", "flux-dev"])
 def test_a_prompt_too_long_for_any_tokenizer_counts_as_truncated(name: str) -> None:
     policy = policy_of(name)
@@ -234,6 +247,15 @@ def test_a_missing_t5_ends_in_one_line_with_the_remedy(tmp_path: Path) -> None:
     assert "its part text_encoder_3 is missing" in message
     assert message.endswith("or set model.use_t5=false")
     assert load(folder, use_t5=False).family.pipeline.text_encoder_3 is None
+
+
+def test_t5_tokens_are_refused_where_the_family_does_not_take_them() -> None:
+    path = {"path": str(tiny_flux()), "resolution": RESOLUTION}
+    with pytest.raises(ConfigError, match=r"^model\.t5_tokens: 128 .*only Stable Diffusion 3.*FluxPipeline does not$"):
+        DiffusionPolicy.load(ModelConfig.model_validate({**path, "t5_tokens": 128}))
+    for tokens in (0, 513):  # the pipeline takes at most 512
+        with pytest.raises(ValueError, match="t5_tokens"):
+            ModelConfig.model_validate({**path, "t5_tokens": tokens})
 
 
 def test_guidance_is_refused_where_the_model_knows_none() -> None:

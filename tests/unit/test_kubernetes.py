@@ -14,6 +14,7 @@ from cluster.kubernetes.packed import VOLUME
 from cluster.kubernetes.render import Rendered, dump, manifests
 from cluster.recipe_yaml import parse_yaml
 from cluster.runtime import ROOT
+from raysteer.errors import ConfigError
 from tests.conftest import RecipeFactory
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -120,6 +121,13 @@ def test_one_member_fills_one_pod(tiny_recipe: RecipeFactory, asked: str, cpus: 
     assert amounts["requests"] == amounts["limits"]
     assert amounts["limits"]["cpu"] == str(cpus)
     assert amounts["limits"].get("nvidia.com/gpu", "0") == str(gpus)
+
+
+def test_the_evaluator_beside_training_gets_a_pod_of_the_samplers_group(tiny_recipe: RecipeFactory) -> None:
+    evaluation = {"suite": "glyphs", "every": 1}
+    changes = {"samplers": {"min": 1, "max": 3}, "evaluation": evaluation, "kubernetes": {"image": "r:1"}}
+    group = groups(manifests(load_recipe(tiny_recipe(changes))))["sampler"]
+    assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == (2, 2, 4)
 
 
 def test_an_elastic_learner_gives_elastic_pods(tiny_recipe: RecipeFactory) -> None:
@@ -232,6 +240,12 @@ def test_files_outside_the_image_are_looked_for_on_the_volume_and_listed(
     assert data["model"]["path"] == f"{VOLUME}/inputs/sd15"  # is there already, nothing to copy
     clip = str(recipe.reward.clip.model if recipe.reward.clip else "").removeprefix("local-dir:")
     assert data["reward"]["clip"]["model"] == f"local-dir:{found.copies[clip]}"
+
+
+def test_a_run_that_draws_nothing_is_refused_by_its_key(tiny_recipe: RecipeFactory) -> None:
+    recipe = load_recipe(tiny_recipe({"objective": {"name": "gdro"}, "offline": {"data": "runs/made"}}))
+    with pytest.raises(ConfigError, match=r"offline.data.*raysteer submit"):
+        manifests(recipe)
 
 
 def test_weights_that_are_not_here_yet_are_listed_and_a_hub_name_is_not(rendered: dict[str, Rendered]) -> None:

@@ -12,7 +12,7 @@ from cluster.storage import RunFolder
 def test_a_stop_asked_of_a_run_in_rounds_reaches_the_generation_under_way(tmp_path: Path) -> None:
     run, generation = RunFolder(tmp_path / "run").create(), RunFolder(tmp_path / "run" / "rounds" / "one").create()
     seen: list[dict[str, Any]] = []
-    watch = pass_on_stop(run, generation, seen.append)
+    watch = pass_on_stop(run, generation, [seen.append])
     watch({"version": 1})
     assert not generation.stop_request.exists()
     run.stop_request.touch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import pty
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cluster.desk import Desk
 from cluster.live import LiveDisplay, trend
 from cluster.progress import PlainLines, Progress, phase_of, readable_seconds
 from tests.snapshots import fresh_snapshot, ledger
@@ -204,3 +206,31 @@ def test_plain_lines_say_each_phase_once() -> None:
     for changes in sequence:
         view.snapshot(working(**changes))
     assert stream.getvalue().splitlines() == ["starting samplers", "running", "stopping"]
+
+
+def test_a_run_in_rounds_says_which_part_of_it_this_is() -> None:
+    progress, stream = plain(title="round 2 of 3, generating")
+    with progress:
+        progress.on_snapshot(working())
+    assert stream.getvalue().splitlines() == ["round 2 of 3, generating", "running"]
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, record=True)
+    display = LiveDisplay(io.StringIO(), 60, 0, console, title="round 2 of 3, learning")
+    for state, said in (("learning", "round 2 of 3: learning "), ("saving", "round 2 of 3, learning: saving ")):
+        display.snapshot(working(learner=state))
+        console.print(display)
+        assert console.export_text().startswith(said)
+
+
+def test_a_learner_on_a_dataset_waits_for_no_sampler() -> None:
+    async def ask() -> dict[str, Any]:
+        desk = Desk(3, 2, 4, {"flat": 1})
+        await desk.rewind(0, {0: 1})
+        await desk.may_go_on(0)
+        return await desk.snapshot()
+
+    alone = asyncio.run(ask())
+    assert phase_of(alone) == "learning"
+    assert phase_of(alone | {"learners": {}}) == "starting learners"
+    lines = "\n".join(drawn(100, alone))
+    assert "learner ranks 1" in lines and "0 learned  1 left out" in lines
+    assert "samplers" not in lines and "drawing" not in lines

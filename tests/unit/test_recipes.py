@@ -7,10 +7,11 @@ import pytest
 
 from cluster.config import Recipe, load_recipe, trained_count
 from cluster.recipe_yaml import known_keys
+from learner.gdro import GDROConfig
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))
-MODELS = [file for file in FILES if file.name != "glyphs.yaml"]  # those whose weights are not shipped
+MODELS = [file for file in FILES if not file.name.startswith("glyphs")]  # those whose weights are not shipped
 
 # arXiv 2605.18719, 2507.21802, 2505.05470, 2505.07818, and the code released with them
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -128,6 +129,9 @@ def test_a_published_value_is_as_published(name: str, key: str) -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_trained_steps_are_shared_out_evenly_over_the_updates(file: Path) -> None:
     recipe = load_recipe(file)
+    if isinstance(recipe.objective, GDROConfig):
+        assert recipe.objective.draws % recipe.objective.updates_per_batch == 0
+        return
     count, last = trained_count(recipe), recipe.sampling.trained.last
     assert last is not None and last < recipe.sampling.steps  # the last step has hardly any noise
     assert 1 <= count <= last - recipe.sampling.trained.first
@@ -151,6 +155,24 @@ def test_the_header_names_how_to_get_every_weight(file: Path) -> None:
             assert f"{Path(term.clip.pretrained).name} --local-dir weights" in said
         if term.pickscore is not None:
             assert Path(term.pickscore.model).name in said
+
+
+def test_the_glyph_recipes_differ_in_the_model_alone_so_that_their_runs_can_be_compared() -> None:
+    unet, flow = (load_recipe(FOLDER / f"{name}.yaml") for name in ("glyphs", "glyphs-flow"))
+    for section in ("reward", "objective", "optimizer", "prompts", "buffer", "evaluation"):
+        assert getattr(unet, section) == getattr(flow, section), section
+    assert unet.run.model_copy(update={"name": flow.run.name}) == flow.run
+    changed = {"flow", "mixed"}
+    assert unet.sampling.model_dump(exclude=changed) == flow.sampling.model_dump(exclude=changed)
+
+
+def test_offline_and_online_start_from_the_same_model_prompts_and_reward() -> None:
+    online, offline = (load_recipe(FOLDER / f"glyphs-{name}.yaml") for name in ("flow", "gdro"))
+    for section in ("model", "reward", "prompts", "samplers", "reward_workers", "learner", "evaluation"):
+        assert getattr(online, section) == getattr(offline, section), section
+    assert (online.run.seed, online.run.groups_per_step) == (offline.run.seed, offline.run.groups_per_step)
+    for key in ("steps", "guidance_scale", "group_size"):
+        assert getattr(online.sampling, key) == getattr(offline.sampling, key), key
 
 
 def test_one_gpu_is_enough_for_the_recipe_that_says_so() -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.config import Recipe, load_recipe
+from cluster.desk import Desk
 from cluster.runlock import Holder, RunLock, read_holder
-from cluster.status import StatusWriter, read_status
+from cluster.status import Stage, StatusWriter, read_status
 from cluster.status_view import render
 from cluster.stopping import find_run, request_stop, wait_for_end
 from cluster.storage import RunFolder
@@ -92,6 +94,71 @@ def test_status_shows_version_throughput_lag_ledger_and_who_sets_the_pace(folder
     assert "reward_not_finite:x 1" in lines["ledger"]
     assert "1 × sampler" in lines["replaced"]
     assert "slow" not in lines
+
+
+def desk_snapshot(version: int, *figures: dict[str, float]) -> dict[str, Any]:
+    """What the supervising loop sees of a learner on a dataset that has made `version` steps of 2 groups."""
+
+    async def ask() -> dict[str, Any]:
+        desk = Desk(8, 2, 4, {"flat": 3})
+        await desk.rewind(2, {0: 77})
+        await desk.set_adapter(version, [], "sum")
+        for row in figures:
+            await desk.report(int(row["step"]), row)
+        return await desk.snapshot()
+
+    return asyncio.run(ask()) | {"restarts": {}, "members": {}}
+
+
+def test_a_run_on_a_dataset_shows_its_learner_and_nobody_who_draws(folder: RunFolder, recipe: Recipe) -> None:
+    clock = Clock()
+    with StatusWriter(folder, recipe, clock=clock) as status:
+        status(desk_snapshot(3, {"step": 3, "throughput/images_per_s": 4.25}))
+        shown = render(read_status(folder), holder(), clock.now + 4)
+    lines = {line.split()[0]: line for line in shown.splitlines()}
+    assert "tiny running for 0 s: step 3 of 8, version 3" in lines["run"]
+    assert lines["speed"].endswith("4.25 images/s, last step 4 s ago") and lines["learner"].endswith("1 rank")
+    assert lines["ledger"].endswith("6 groups learned, 4 in a checkpoint; left out of the dataset: flat 3")
+    assert not lines.keys() & {"busy", "sampler", "rewards"}
+
+
+def test_a_run_in_rounds_says_which_round_it_is_in_and_how_far(folder: RunFolder, recipe: Recipe) -> None:
+    clock = Clock()
+
+    def shown() -> dict[str, str]:
+        text = render(read_status(folder), holder(), clock.now)
+        return {line.split()[0]: line for line in text.splitlines()}
+
+    def stage(number: int, doing: Literal["generating", "learning"]) -> Stage:
+        return Stage(number, 2, doing, steps=8, of=6, began=1000.0)
+
+    clock.now += 30
+    with StatusWriter(folder, recipe, 4, stage(2, "generating"), clock) as status:
+        assert "tiny starting for 30 s: generating (0 of 6 groups), round 2 of 2, step 4 of 8" in shown()["run"]
+        status(snapshot(version=1, ledger=COUNTS | {"committed": 2}, reports=[FIGURES | {"step": 1}]))
+        lines = shown()
+        assert "running for 30 s: generating (2 of 6 groups), round 2 of 2, step 4 of 8, version 4" in lines["run"]
+        assert {"busy", "sampler", "rewards"} <= lines.keys() and "learner" not in lines
+        status.ended("finished", 4)
+    assert read_status(folder)["state"] == "running", "the end of a stage is not that of the run"
+    clock.now += 30
+    learning = recipe.model_copy(update={"run": recipe.run.model_copy(update={"steps": 6})})
+    with StatusWriter(folder, learning, 4, stage(2, "learning"), clock) as status:
+        status(desk_snapshot(5, {"step": 5, "throughput/images_per_s": 4.25}))
+        assert "running for 1 min 00 s: learning, round 2 of 2, step 5 of 8, version 5" in shown()["run"]
+        assert "rewards" not in shown() and shown()["learner"].endswith("1 rank")
+        status.ended("stopped", 5)
+        assert "stopped 0 s ago, after 1 min 00 s: learning, round 2 of 2, step 5 of 8" in shown()["run"]
+        status.ended("finished", 8)
+    assert "tiny finished 0 s ago, after 1 min 00 s: step 8 of 8" in shown()["run"]
+
+
+def test_a_status_of_a_version_that_knew_no_rounds_is_shown(folder: RunFolder, recipe: Recipe) -> None:
+    with StatusWriter(folder, recipe) as status:
+        status(snapshot())
+    older = read_status(folder)
+    del older["stage"]
+    assert "step 0 of 8" in render(older, None, time.time())
 
 
 def test_a_sampler_that_takes_much_longer_than_the_others_is_called_slow(folder: RunFolder, recipe: Recipe) -> None:

@@ -22,8 +22,9 @@ from cluster.jobs import shared_folder
 from cluster.packing import check_needed, check_size, travelling
 from cluster.runtime import runtime_env
 from cluster.submit import check_what_is_here, needed_files
-from raysteer.errors import ClusterError, ConfigError, ModelError, UserError
+from raysteer.errors import ClusterError, ConfigError, DatasetError, ModelError, UserError
 from tests.conftest import RecipeFactory
+from tests.unit.test_dataset import IDENTITY, row, write
 
 
 @pytest.fixture
@@ -100,6 +101,38 @@ def test_files_that_only_the_cluster_has_do_not_keep_the_rest_from_being_checked
         check_what_is_here(
             load_recipe(tiny_recipe({"model.path": str(Path(recipe.model.path).parent / "no-pipeline")}))
         )
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("secret/set", "offline.data.*it would not travel, because .gitignore or .rayignore names it.*absolute path"),
+        ("missing", "offline.data.*there is no such file in the working directory.*absolute path"),
+    ],
+)
+def test_a_dataset_that_would_not_be_there_in_the_job_is_refused_by_its_key(
+    tiny_recipe: RecipeFactory, project: Path, monkeypatch: pytest.MonkeyPatch, place: str, reason: str
+) -> None:
+    from cluster.identity import model_identity
+
+    monkeypatch.chdir(project)
+    changes = {"objective": {"name": "gdro"}, "sampling.group_size": 4, "run.groups_per_step": 1}
+    changes |= {"prompts.unsafe_fraction": 0.0, "offline": {"data": place}}
+    recipe = load_recipe(tiny_recipe(changes))
+    write(project / "secret" / "set", row(0), identity=IDENTITY | model_identity(recipe))
+    found = {"offline.data": needed_files(recipe)["offline.data"]}
+    with pytest.raises(ConfigError, match=reason):
+        check_needed(project, travelling(project), found, (), here=True)
+    assert check_needed(project, travelling(project), found, found.values(), here=True) == []
+
+
+def test_a_dataset_that_is_here_is_checked_before_anything_is_sent(tiny_recipe: RecipeFactory, tmp_path: Path) -> None:
+    file = write(tmp_path / "set", row(0))
+    changes = {"objective": {"name": "gdro"}, "offline": {"data": str(tmp_path / "set")}}
+    with pytest.raises(DatasetError, match="was made with another denoiser"):
+        check_what_is_here(load_recipe(tiny_recipe(changes)))
+    file.write_bytes(b"")
+    assert "part-000001.parquet: cannot be read" in submit(tiny_recipe(changes), "http://127.0.0.1:1")
 
 
 def test_storage_is_absolute_or_the_cluster_is_this_machine(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""Evaluation beside training on a real cluster: equal figures, a killed evaluator, and runs that are ended by them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from typing import Any
+
+import pytest
+
+from benchmarks.loop import processes_below
+from cluster.status import read_status
+from cluster.storage import RunFolder
+from diffusion.adapters import adapter_metadata, load_adapter_file
+from evaluation.bootstrap import Figure
+from learner.records import read_rows
+from tests.ray.conftest import World
+from tests.ray.test_offline import OBJECTIVE, assert_same_bits
+
+pytestmark = pytest.mark.timeout(600)
+SUITE = {"suite": "glyphs", "prompts_unsafe": 4, "prompts_safe": 6, "diversity_prompts": 0, "steps": 2}
+NEVER_BETTER = 1e6  # a new best would have to exceed the old by so much
+
+
+def evaluations(run_dir: Any) -> list[dict[str, Any]]:
+    return read_rows(RunFolder(run_dir).evaluations)
+
+
+class KillsOneEvaluator:
+    """An observer of a run."""
+
+    def __init__(self) -> None:
+        self.killed = 0
+
+    def __call__(self, snapshot: dict[str, Any]) -> None:
+        found = [pid for pid, title in processes_below(os.getpid()).items() if re.match(r"ray::Evaluator\b", title)]
+        if found and not self.killed:
+            self.killed = found[0]
+            os.kill(self.killed, signal.SIGKILL)
+
+
+def test_figures_beside_training_are_those_of_eval_to_the_bit_whatever_happens_to_the_evaluator(
+    world: World, ray_cluster: Any
+) -> None:
+    from cluster.evaluate import run_evaluation
+    from cluster.tracking import open_client
+    from cluster.train import train
+
+    world.plan_faults()
+    changes = {"run__steps": 5, "run__checkpoint_every": 2, "run__keep_checkpoints": 1}
+    recipe = world.recipe("beside", **changes, evaluation=SUITE | {"every": 2})
+    killing = KillsOneEvaluator()
+    result = train(recipe, killing)
+    assert killing.killed and (result.status, result.steps, result.reason) == ("finished", 5, None)
+    rows = evaluations(result.run_dir)
+    assert [row["step"] for row in rows] == [0, 2, 4, 5], "the base model, multiples of two, and the last step"
+    assert not any("error" in row for row in rows) and rows[0]["is_best"]
+
+    assert result.adapter_dir is not None
+    adapter = load_adapter_file(result.adapter_dir)
+    found = run_evaluation(recipe, {"base": None, "adapted": adapter}, world.folder / "beside-evaluation")
+    for label, row in (("base", rows[0]), ("adapted", rows[-1])):
+        ours = {name: Figure(**figure) for name, figure in row["figures"].items()}
+        assert ours == found.reports[label].figures
+        assert {"reward", "reward_corrected", "inappropriate_rate", "utility"} <= ours.keys()
+    assert rows[0]["figures"]["reward"] != rows[-1]["figures"]["reward"], "the adapter makes a difference"
+
+    client = open_client(f"sqlite:///{world.folder}/runs/mlflow.db")
+    history = client.get_metric_history(result.mlflow_run_id, "evaluation/reward_corrected")
+    assert {point.step: point.value for point in history} == {
+        row["step"]: row["figures"]["reward_corrected"]["value"] for row in rows
+    }
+
+
+def test_a_run_whose_score_does_not_rise_ends_before_its_last_step_and_stays_ended(
+    world: World, ray_cluster: Any
+) -> None:
+    from cluster.train import train
+
+    world.plan_faults()
+    stop = {"patience": 1, "least": NEVER_BETTER}
+    evaluation = SUITE | {"every": 2, "stop": stop}
+    recipe = world.recipe("stops", run__steps=1000, run__keep_checkpoints=1, evaluation=evaluation)
+    result = train(recipe)
+    assert result.status == "finished" and 2 <= result.steps < 1000
+    base = evaluations(result.run_dir)[0]["figures"]["reward_corrected"]["value"]
+    why = f"reward_corrected has not risen for 1 evaluation; best {base:.3f} at step 0 (the base model)"
+    assert result.reason == f"stopped early: {why}"
+    folder = RunFolder(result.run_dir)
+    assert json.loads(folder.ledger.read_text())["reason"] == read_status(folder)["reason"] == result.reason
+    assert [row["step"] for row in evaluations(result.run_dir)] == [0, 2]
+    assert result.adapter_dir is not None
+    assert_same_bits(result.adapter_dir, folder.best)
+    assert adapter_metadata(result.adapter_dir)["step"] == "2", "the best that was trained, not the newest"
+
+    again = train(recipe)
+    assert (again.status, again.steps, again.reason, again.seconds) == ("finished", result.steps, result.reason, 0.0)
+    assert [row["step"] for row in evaluations(result.run_dir)] == [0, 2]
+    assert again.adapter_dir is not None
+    assert_same_bits(again.adapter_dir, folder.best)
+
+
+def test_evaluations_go_on_from_round_to_round_and_end_all_of_them(world: World, ray_cluster: Any) -> None:
+    from cluster.train import train
+
+    world.plan_faults()
+    changes = {
+        "objective": OBJECTIVE,
+        "offline": {"rounds": 3},
+        "generate": {"groups": 4},
+        "run__steps": 3,
+        "run__checkpoint_every": 1,
+        "evaluation": SUITE | {"every": 1, "stop": {"patience": 2, "least": NEVER_BETTER}},
+    }
+    recipe = world.recipe("rounds-stop", **changes)
+    result = train(recipe)
+    assert (result.status, result.steps) == ("finished", 2)
+    assert result.reason is not None and "has not risen for 2 evaluations" in result.reason
+    rows = evaluations(result.run_dir)
+    assert [row["step"] for row in rows] == [0, 1, 2], "the second round goes by the base model's row of the first"
+    assert not (RunFolder(result.run_dir).rounds / "rounds-stop-round-3").exists()
+    values = {row["step"]: row["figures"]["reward_corrected"]["value"] for row in rows[1:]}
+    assert result.adapter_dir is not None
+    assert adapter_metadata(result.adapter_dir)["step"] == str(max(values, key=lambda step: values[step]))
+    again = train(recipe)
+    assert (again.status, again.steps, again.reason) == ("finished", 2, result.reason)
+    status = read_status(RunFolder(result.run_dir))
+    assert (status["state"], status["step"], status["steps"]) == ("finished", 2, 3)
