@@ -49,7 +49,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gdro-pairs": (GDRO, ("objective.subset=2", "objective.draws=16")),
     "dpo-beta-3": (GDRO, (*DPO, "objective.draws=16")),
 }
-COMPARED = ("grpo", "gdro", "gdro-journal", "dpo")
+COMPARED = ("grpo", "grpo-lr-1e-3", "gdro", "gdro-journal", "dpo")
 
 
 class Comparison:
