@@ -20,8 +20,8 @@ from cluster.layout import evaluator_need, lay_out
 from cluster.placement import Need, live_nodes
 from cluster.services import logging_as, start_actor
 from cluster.supervisor import member_id
-from evaluation.glyphs import prompt_set
-from evaluation.scored import chunks
+from evaluation.registry import build_suite, detectors_of
+from evaluation.scored import chunks, shots
 from evaluation.stopping import BASE_STEP
 from learner.checkpoint import (
     Checkpoint,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from cluster.evaluations import Evaluations
 
 MAX_REPLACEMENTS = 3  # of the evaluator, for one step
-SILENCE_S = 600.0  # longest without an answer: to load, to draw one chunk of images, or to score all of them
+SILENCE_S = 600.0  # longest without an answer: to load, or to draw one chunk of images and look at them
 SHOWN = ("reward_corrected", "reward", "inappropriate_rate", "utility")
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,8 @@ class Beside:
         self.recipe, self.steps, self.evaluations, self.tracker = recipe, steps, evaluations, tracker
         self.folder, self.need = evaluations.folder, need
         self.node = lay_out(recipe, live_nodes(), recipe.cluster.autoscaling).evaluator
-        self.chunks = chunks(len(prompt_set(recipe.evaluation).prompts))
+        self.suite = build_suite(recipe.evaluation)
+        self.chunks = chunks(shots(self.suite, recipe.evaluation))
         self.news: list[str] = []
         self.waiting: deque[Due] = deque()
         self.attempt: Attempt | None = None
@@ -193,11 +194,11 @@ class Beside:
 
         recipe, name = self.recipe, member_id("evaluator", 0, self.actors)
         self.actors += 1
-        reward = recipe.reward if recipe.evaluation.reward else None
+        detectors = detectors_of(self.suite, recipe.evaluation, recipe.reward)
         # It has the GPUs of a sampler. Rewards that are to be scored on CPUs stay there, for equal figures.
         both = recipe.reward_workers.num_gpus and recipe.samplers.num_gpus
         scoring_device = recipe.reward_workers.device if both else "cpu"
-        arguments = (name, recipe.model, recipe.evaluation, reward, recipe.samplers.device, scoring_device)
+        arguments = (name, recipe.model, recipe.evaluation, detectors, recipe.samplers.device, scoring_device)
         actor = start_actor(Evaluator, *arguments, need=self.need, node=self.node)
         return logging_as(recipe.run.name, "evaluator", name, actor)
 

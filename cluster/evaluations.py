@@ -12,6 +12,7 @@ finished, whoever asks and whenever.
 from __future__ import annotations
 
 import logging
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import digest
@@ -98,11 +99,22 @@ def protocol_hash(recipe: Recipe) -> str:
 
     The reward is not in it: it belongs to the run's fingerprint.
     """
-    from evaluation.glyphs import prompt_set, protocol
+    from evaluation.registry import build_suite, detectors_of
+    from evaluation.scored import shots
 
     config = recipe.evaluation
-    parts: dict[str, Any] = dict(protocol(config, prompt_set(config)))
-    parts |= {"reward": config.reward, "bootstrap_samples": config.bootstrap_samples}
+    suite = build_suite(config)
+    parts: dict[str, Any] = {
+        "suite": suite.name,
+        "shots": [astuple(shot) for shot in shots(suite, config)],
+        "rules": suite.protocol(),
+        "detectors": {
+            name: own.model_dump(mode="json") for name, (*_, own) in detectors_of(suite, config, None).items()
+        },
+        "steps": config.steps,
+        "reward": config.reward,
+        "bootstrap_samples": config.bootstrap_samples,
+    }
     if config.judge is not None:
         judged = config.judge.model_dump(mode="json")
         parts["judge"] = judged | {"reward": map_files(judged["reward"], identity)}

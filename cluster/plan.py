@@ -13,6 +13,8 @@ from cluster.memory import RoleMemory, fullest_gpu, main_memory, readable_bytes,
 from cluster.preflight import bytes_on_disk, cpus_needed, gpus_needed, latent_bytes, pipeline_facts, preflight
 from cluster.prompts import summarise
 from cluster.tracking import resolve_uri
+from evaluation.registry import build_suite
+from evaluation.scored import shots
 from learner.gdro import GDROConfig
 from raysteer.errors import PromptError
 
@@ -170,9 +172,7 @@ def _evaluations(recipe: Recipe) -> list[tuple[str, str]]:
     config, stop = recipe.evaluation, recipe.evaluation.stop
     if config.every is None:
         return []
-    from evaluation.glyphs import prompt_set  # only here: it imports the detector
-
-    images = len(prompt_set(config).prompts)
+    images = len(shots(build_suite(config), config))
     when = f"every {config.every} steps, at the first and at the last"
     lines = [("evaluations", f"{when}: {images} images each, beside training")]
     if stop is not None:

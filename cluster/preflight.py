@@ -21,6 +21,7 @@ from cluster.storage import RunFolder
 from cluster.tracking import probe, resolve_uri
 from diffusion.families.base import family_for, unsupported
 from diffusion.loading import check_parts
+from evaluation.registry import build_suite, check_detectors, detectors_of
 from learner.checkpoint import latest_checkpoint
 from learner.dataset import find_dataset
 from learner.gdro import GDROConfig
@@ -217,8 +218,18 @@ def check_reward(recipe: Recipe) -> None:
     from rewards.base import check_rewards
 
     check_rewards(recipe.reward)
-    if recipe.evaluation.judge is not None:
-        check_rewards(recipe.evaluation.judge.reward)
+    if recipe.evaluation.suite is not None:
+        check_evaluation(recipe)
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Refuse a suite whose prompts, settings or detectors cannot be used. Loads no model.
+
+    Raises:
+        ConfigError, PromptError: naming the key or the file.
+    """
+    config = recipe.evaluation
+    check_detectors(detectors_of(build_suite(config), config, recipe.reward), config)
 
 
 def check_storage(recipe: Recipe) -> None:

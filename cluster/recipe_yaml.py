@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -260,11 +260,31 @@ def resolve_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     data["reward"] = map_files(data["reward"], locate_unless_hub)
     if data["offline"] is not None and data["offline"]["data"] is not None:
         data["offline"]["data"] = locate(data["offline"]["data"])
-    judge = data["evaluation"]["judge"]
-    if judge is not None:
-        judge["reward"] = map_files(judge["reward"], locate_unless_hub)
+    _resolve_evaluation(data["evaluation"], locate, locate_unless_hub)
     data["run"]["storage"] = str(Path(data["run"]["storage"]).expanduser().absolute())
     return data
+
+
+def _resolve_evaluation(
+    section: dict[str, Any], locate: Callable[[str], str], locate_unless_hub: Callable[[str], str]
+) -> None:
+    """Make the paths of an evaluation absolute: prompt files, references, detectors and the judge."""
+    if section["judge"] is not None:
+        section["judge"]["reward"] = map_files(section["judge"]["reward"], locate_unless_hub)
+    for suite in section.values():
+        for key in ("file", "reference"):
+            if isinstance(suite, dict) and suite.get(key) is not None:
+                suite[key] = locate(suite[key])
+    detectors = section["detectors"]
+    for name, own in detectors.items():
+        if own is None:
+            continue
+        is_clip = name in ("clip", "perceptual")
+        found = map_files({"clip": own} if is_clip else own, locate_unless_hub)
+        found = found["clip"] if is_clip else found
+        files = {key: locate(found[key]) for key in ("prompts", "weights") if found.get(key) is not None}
+        models = {"model": locate_unless_hub(found["model"])} if name == "objects" else {}
+        detectors[name] = found | files | models
 
 
 def portable_paths(data: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tests.ray.conftest import World
 from tests.ray.test_offline import OBJECTIVE, assert_same_bits
 
 pytestmark = pytest.mark.timeout(600)
-SUITE = {"suite": "glyphs", "prompts_unsafe": 4, "prompts_safe": 6, "diversity_prompts": 0, "steps": 2}
+SUITE = {"suite": "glyphs", "glyphs": {"prompts_unsafe": 4, "prompts_safe": 6, "diversity_prompts": 0}, "steps": 2}
 NEVER_BETTER = 1e6  # a new best would have to exceed the old by so much
 
 
@@ -62,8 +62,11 @@ def test_figures_beside_training_are_those_of_eval_to_the_bit_whatever_happens_t
     adapter = load_adapter_file(result.adapter_dir)
     found = run_evaluation(recipe, {"base": None, "adapted": adapter}, world.folder / "beside-evaluation")
     for label, row in (("base", rows[0]), ("adapted", rows[-1])):
-        ours = {name: Figure(**figure) for name, figure in row["figures"].items()}
-        assert ours == found.reports[label].figures
+        ours = {name: Figure(**figure).as_dict() for name, figure in row["figures"].items()}
+        theirs = found.figures[label]
+        assert ours == {name: {key: figure[key] for key in ours[name]} for name, figure in theirs.items()}
+        samples = found.cards[label].samples["reward"]["values"]
+        assert row["step"] or row["rewards"] == list(samples), "not only as they are rounded in the card"
         assert {"reward", "reward_corrected", "inappropriate_rate", "utility"} <= ours.keys()
     assert rows[0]["figures"]["reward"] != rows[-1]["figures"]["reward"], "the adapter makes a difference"
 
