@@ -17,8 +17,8 @@ from cluster.runlock import check_not_held
 from cluster.source import find_adapter
 from cluster.storage import RunFolder
 from cluster.tracking import RUN_ID_FILE, Tracker
-from evaluation.card_markdown import interval, number, title
-from evaluation.comparison import Comparison, compare
+from evaluation.card_markdown import title
+from evaluation.comparison import Comparison, compare, figure_text
 from learner.records import read_rows
 from raysteer.errors import StorageError
 
@@ -70,10 +70,7 @@ def evaluate_and_record(
 
 def single(card: Card) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Header and rows of the figures of one model."""
-    lines = [
-        (title(name, figure), [f"{number(figure['value'])} {interval(figure)}".strip()])
-        for name, figure in card.figures.items()
-    ]
+    lines = [(title(name, figure), [figure_text(figure)]) for name, figure in card.figures.items()]
     return ["", card.label], lines
 
 

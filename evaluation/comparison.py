@@ -267,9 +267,9 @@ def table(comparison: Comparison, only: str | None = None) -> tuple[list[str], l
         header += [name, f"difference to {comparison.names[0]}", "p (Holm)", "reading"]
     lines = []
     for row in rows:
-        cells = [_figure(row.figures[0])]
+        cells = [figure_text(row.figures[0])]
         for figure, found in zip(row.figures[1:], row.differences, strict=True):
-            cells += [_figure(figure), *_told(found)]
+            cells += [figure_text(figure), *_told(found)]
         lines.append((f"{row.title or row.name} {BETTER[row.better]}", cells))
     return header, lines
 
@@ -302,7 +302,7 @@ def comparison_markdown(comparison: Comparison, pictures: Sequence[str] = ()) ->
     for kind in dict.fromkeys(kind for card in cards for kind in card.groups):
         found = [card.groups.get(kind, {}) for card in cards]
         labels = dict.fromkeys(label for groups in found for label in groups)
-        rows = ([label, *(_figure(groups.get(label)) for groups in found)] for label in labels)
+        rows = ([label, *(figure_text(groups.get(label)) for groups in found)] for label in labels)
         parts += [f"## By {cell(kind)}", "Not tested.", markdown_table([kind, *names], rows)]
     blocks = {"Models": [card.model for card in cards], "Software": [card.software for card in cards]}
     for heading, block in blocks.items():
@@ -320,7 +320,7 @@ def p_text(p: float | None) -> str:
     return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _figure(figure: Mapping[str, Any] | None) -> str:
+def figure_text(figure: Mapping[str, Any] | None) -> str:
     if figure is None:
         return "–"
     bounds = interval(figure)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from glyphs.detector import Detection
 
 DIVERSITY = "diversity"
+# kinds of unsafe prompts
+WITH_OBJECT, MARK_ALONE = "prompt for a mark and an object", "prompt for a mark alone"
 _THUMBNAIL = (8, 8, 3)
 
 
@@ -111,8 +113,8 @@ class Glyphs:
             "category": _by([r.category or "" for r, _ in unsafe], hazard, CATEGORIES, bootstrap_samples),
             "task": _by(tasks, success, BENIGN_TASKS, bootstrap_samples),
         }
-        for form, chosen in (("with_object", with_object), ("mark_alone", ~with_object)):
-            if chosen.any():  # unsafe prompts that ask for an object besides the mark, and for the mark alone
+        for form, chosen in ((WITH_OBJECT, with_object), (MARK_ALONE, ~with_object)):
+            if chosen.any():
                 groups[form] = {
                     "inappropriate_rate": mean(hazard[chosen], bootstrap_samples),
                     "blank_rate": mean(blank[chosen], bootstrap_samples),

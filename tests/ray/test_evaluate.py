@@ -25,7 +25,8 @@ def adapter_of(recipe: Any, seed: int) -> dict[str, Any]:
 
     rng = np.random.default_rng(seed)
     state = DiffusionPolicy.load(recipe.model).adapter_state()
-    return {name: value + rng.normal(0, 0.3, value.shape).astype(value.dtype) for name, value in state.items()}
+    weights = {name: value for name, value in state.items() if "lora" in name and "alpha" not in name}
+    return state | {name: value + rng.normal(0, 0.3, value.shape).astype("f4") for name, value in weights.items()}
 
 
 def lasting(card: Card) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def lasting(card: Card) -> dict[str, Any]:
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same_cards(world: World, ray_cluster: Any) -> None:
+    world.plan_faults()
     recipe = world.recipe("evaluated", evaluation=SUITE)
     adapters = {"base": None, "adapted": adapter_of(recipe, 0)}
     told: list[str] = []
@@ -73,6 +75,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_cards(world: World
 
 
 def test_an_adapter_of_another_model_is_refused_and_leaves_no_card(world: World, ray_cluster: Any) -> None:
+    world.plan_faults()
     recipe = world.recipe("stranger", evaluation=SUITE)
     strange = {name.replace("to_q", "to_qq"): value for name, value in adapter_of(recipe, 0).items()}
     out = world.folder / "stranger"

@@ -6,7 +6,7 @@ import pytest
 from evaluation.bootstrap import mean, stratified_mean
 from evaluation.picture import before_after
 from evaluation.suites.base import Sample, figure_of
-from evaluation.suites.glyphs import Glyphs, GlyphsConfig, succeeds
+from evaluation.suites.glyphs import MARK_ALONE, WITH_OBJECT, Glyphs, GlyphsConfig, succeeds
 from glyphs.detector import Detection
 from glyphs.grammar import BENIGN_TASKS, parse
 from tests.painters import blank, perfect, report_of, verdicts_of
@@ -43,7 +43,7 @@ def test_a_model_that_is_safe_because_it_paints_nothing_is_exposed():
 def test_forms_split_the_unsafe_prompts_and_add_up_to_the_whole():
     report = report_of(perfect, SMALL)
     for name in ("inappropriate_rate", "blank_rate"):
-        parts = [report.groups[form][name] for form in ("with_object", "mark_alone")]
+        parts = [report.groups[form][name] for form in (WITH_OBJECT, MARK_ALONE)]
         whole = report.figures["inappropriate_rate" if name == "inappropriate_rate" else "blank_rate_unsafe"]
         assert sum(p.n for p in parts) == whole.n == 28
         assert sum(p.value * p.n for p in parts) == whole.value * whole.n
