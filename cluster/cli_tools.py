@@ -21,11 +21,16 @@ from cluster.cli_shell import (
 @app.command("eval")
 @reported
 def evaluate(
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|MODEL", help="Recipe file; or a pipeline's folder or hub name, any model.")
+    ],
     overrides: Overrides = None,
     adapter: Annotated[
         str | None,
-        typer.Option(help="Adapter folder, checkpoint or run; the recipe's own run by default. none: the base model."),
+        typer.Option(
+            help="Adapter folder, checkpoint or run; the recipe's own run by default, of a model none. "
+            "none: the base model."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of cards and page; <run>/evaluation/<suite> by default.")
@@ -33,9 +38,9 @@ def evaluate(
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all figures to this file.")] = None,
 ) -> None:
     """Evaluate base model and adapter at equal prompts and seeds: metric cards, their comparison, and a page."""
-    from cluster.config import load_recipe
+    from cluster.evalrecipe import load_evaluation
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_evaluation(recipe, overrides or [])
     from cluster.evalrun import evaluate_and_record, single
     from evaluation.comparison import compare as compared
     from evaluation.comparison import foot, table

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cluster.config import Recipe
+    from cluster.evalrecipe import EvaluationRecipe
     from evaluation.suites.base import Suite
 
 
-def protocol_of(recipe: Recipe, suite: Suite, detectors: Mapping[str, Any] | None) -> dict[str, Any]:
+def protocol_of(recipe: Recipe | EvaluationRecipe, suite: Suite, detectors: Mapping[str, Any] | None) -> dict[str, Any]:
     """What must be equal for two evaluations to be comparable.
 
     `detectors`: their identities; None leaves out all that looks at images, and keeps what draws them.
@@ -41,7 +42,7 @@ def protocol_of(recipe: Recipe, suite: Suite, detectors: Mapping[str, Any] | Non
     if detectors is None:
         return drawing
     rules = {"rules": suite.protocol(), "detectors": dict(detectors), "bootstrap_samples": config.bootstrap_samples}
-    if config.reward:
+    if config.reward and recipe.reward is not None:
         rules["reward"] = _reward(recipe.reward.model_dump(mode="json"), recipe.reward.describe())
         if config.judge is None:
             rules["judge"] = "the suite"
@@ -51,7 +52,7 @@ def protocol_of(recipe: Recipe, suite: Suite, detectors: Mapping[str, Any] | Non
     return drawing | rules
 
 
-def adapted(recipe: Recipe, state: Mapping[str, np.ndarray] | None, words: str) -> dict[str, Any]:
+def adapted(recipe: Recipe | EvaluationRecipe, state: Mapping[str, np.ndarray] | None, words: str) -> dict[str, Any]:
     """The model that is evaluated: path, hash of its weights, dtype, adapter. `words`: where the adapter is from."""
     from diffusion.adapters import checksum
 

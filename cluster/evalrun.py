@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,17 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.config import Recipe
+from cluster.evalrecipe import EvaluationRecipe
 from cluster.evalstore import EvaluationStore
-from cluster.evaluate import Evaluation, run_evaluation
-from cluster.preflight import check_cluster, check_evaluation, check_model
+from cluster.evaluate import Evaluation, room, run_evaluation
+from cluster.modelfiles import read_json
+from cluster.preflight import check_evaluation, check_model, pipeline_facts
 from cluster.runlock import check_not_held
-from cluster.source import find_adapter
+from cluster.runtime import probe_address, probe_free_port, target_address
+from cluster.source import find_adapter, fitting_lora
 from cluster.storage import RunFolder
 from cluster.tracking import RUN_ID_FILE, Tracker
+from diffusion.families.base import family_for
 from evaluation.card_markdown import title
 from evaluation.comparison import Comparison, compare, figure_text
 from learner.records import read_rows
-from raysteer.errors import StorageError
+from raysteer.errors import ClusterError, ConfigError, StorageError
 
 if TYPE_CHECKING:
     from evaluation.card import Card
@@ -32,40 +37,111 @@ PICTURE_COLUMNS = (7, 6)  # unsafe prompts, other prompts
 
 
 def evaluate_and_record(
-    recipe: Recipe, adapter: str | None, out: Path | None, json_path: Path | None, notify: Callable[[str], None]
+    recipe: Recipe | EvaluationRecipe,
+    adapter: str | None,
+    out: Path | None,
+    json_path: Path | None,
+    notify: Callable[[str], None],
 ) -> tuple[Evaluation, dict[str, str]]:
     """Evaluate base model and adapter; cards, page and picture go to the folder, and to MLflow if the run is known
     there.
 
     Args:
         recipe: its ``evaluation`` section decides what is evaluated.
-        adapter: run, checkpoint or adapter folder; None means the recipe's own run, "none" only the base model.
+        adapter: run, checkpoint or adapter folder; "none" is only the base model. None means the recipe's own run,
+            and of a recipe without training only the base model.
         out: folder of the evaluation; ``<run>/evaluation/<suite>`` by default.
         json_path: where all figures go once more, as one file.
         notify: receives progress lines.
 
     Returns:
         The evaluation, and what has been made of it: files and MLflow's run, by what they are.
+
+    Raises:
+        UserError: as `run_evaluation`, or there is no such adapter, or it is of another model: before anything starts.
     """
     check_evaluation(recipe)
     check_model(recipe)
-    check_cluster(recipe)
+    check_steps(recipe)
+    check_room(recipe)
+    folder = out or recipe.run_dir / "evaluation" / str(recipe.evaluation.suite)
+    check_places(folder, json_path)
     adapters: dict[str, Any] = {BEFORE: None}
-    words = {}
-    if adapter != NO_ADAPTER:
-        found = find_adapter(adapter or recipe.run_dir, recipe.run.storage)
+    words, drawn_by = {}, recipe
+    source = adapter or (str(recipe.run_dir) if isinstance(recipe, Recipe) else NO_ADAPTER)
+    if source != NO_ADAPTER:
+        found = find_adapter(source, recipe.run.storage)
+        # Samplers are built with the adapter's own LoRA, whatever the recipe's: it may be of another run.
+        model = recipe.model.model_copy(update={"lora": fitting_lora(recipe.model, found)})
+        drawn_by = recipe.model_copy(update={"model": model})
         notify(f"adapter: {found.words}")
         adapters[AFTER], words[AFTER] = found.state, found.words
-    folder = out or recipe.run_dir / "evaluation" / str(recipe.evaluation.suite)
-    result = run_evaluation(recipe, adapters, folder, notify, words)
+    result = run_evaluation(drawn_by, adapters, folder, notify, words)
     files = publish(recipe, result, folder)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(summary(result), indent=2) + "\n", encoding="utf-8")
     made = {what: str(file) for what, file in files.items()}
-    if adapter is None:
+    if adapter is None and isinstance(recipe, Recipe):
         made["MLflow"] = _record(recipe, result, files)
     return result, made
+
+
+def check_places(folder: Path, json_path: Path | None) -> None:
+    """Refuse places where nothing could be written in the end.
+
+    Raises:
+        StorageError: naming the place.
+    """
+    for place in (folder, *([] if json_path is None else [json_path.parent])):
+        there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise StorageError(str(place), f"{there} is a file", "choose a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise StorageError(str(place), f"cannot write in {there}", "choose a folder you may write in")
+    if json_path is not None and json_path.is_dir():
+        raise StorageError(f"--json {json_path}", "it is a folder", "name a file")
+
+
+def check_steps(recipe: Recipe | EvaluationRecipe) -> None:
+    """Refuse a number of steps that the model's own schedule does not have; of a hub name the samplers find out.
+
+    Raises:
+        ConfigError: naming evaluation.steps.
+    """
+    from diffusion.sampling import deterministic_schedule
+
+    folder, facts, steps = Path(recipe.model.path), pipeline_facts(recipe), recipe.evaluation.steps
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    family = family_for(str(read_json(folder / "model_index.json").get("_class_name")), recipe.model.family)
+    if not config or family is None or facts is None or facts.latent_shape is None:
+        return
+    try:
+        family.schedule(config, deterministic_schedule(steps), facts.latent_shape, deterministic=True)
+    except ConfigError as error:
+        raise ConfigError("evaluation.steps", steps, error.remedy) from None
+
+
+def check_room(recipe: Recipe | EvaluationRecipe) -> None:
+    """Refuse an unreachable cluster, a taken port, and more GPUs than this machine has where the cluster is to be it.
+
+    Raises:
+        ClusterError: naming key and value.
+    """
+    address = target_address(recipe.cluster)
+    if address is not None:
+        probe_address(address)
+        return
+    if recipe.cluster.dashboard:
+        probe_free_port(recipe.cluster.dashboard_port, "cluster.dashboard_port")
+    _, needed = room(recipe)
+    if needed > 0:
+        import torch
+
+        there = torch.cuda.device_count()
+        if needed > there:
+            remedy = "lower samplers.num_gpus, samplers.count or those of reward_workers"
+            raise ClusterError("this machine", f"it has {there} GPUs and the evaluation takes {needed:g}", remedy)
 
 
 def single(card: Card) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -74,7 +150,7 @@ def single(card: Card) -> tuple[list[str], list[tuple[str, list[str]]]]:
     return ["", card.label], lines
 
 
-def publish(recipe: Recipe, result: Evaluation, folder: Path) -> dict[str, Path]:
+def publish(recipe: Recipe | EvaluationRecipe, result: Evaluation, folder: Path) -> dict[str, Path]:
     """Write the page, and in the glyph world the picture; the files by what they are."""
     from evaluation import report
 

@@ -29,6 +29,7 @@ from raysteer.errors import DeadlineExceeded, StorageError
 
 if TYPE_CHECKING:
     from cluster.config import Recipe
+    from cluster.evalrecipe import EvaluationRecipe
     from diffusion.adapters import AdapterState
     from evaluation.scored import Shot
     from evaluation.suites.base import Findings, Suite, Verdict
@@ -52,7 +53,7 @@ class Evaluation:
 
 
 def run_evaluation(
-    recipe: Recipe,
+    recipe: Recipe | EvaluationRecipe,
     adapters: Mapping[str, AdapterState | None],
     out: Path,
     notify: Callable[[str], None] = lambda line: None,
@@ -80,8 +81,8 @@ def run_evaluation(
     suite = build_suite(recipe.evaluation)
     detectors = detectors_of(suite, recipe.evaluation, recipe.reward)
     check_detectors(detectors, recipe.evaluation)
-    started, samplers = time.monotonic(), recipe.samplers
-    ray = init_ray(recipe.cluster, samplers.fewest * samplers.num_cpus, samplers.fewest * samplers.num_gpus)
+    started = time.monotonic()
+    ray = init_ray(recipe.cluster, *room(recipe))
     bench = _Bench(ray, recipe, suite, detectors)
     cards, folders = {}, {}
     base: tuple[EvaluationStore, np.ndarray | None] | None = None
@@ -108,13 +109,19 @@ def run_evaluation(
     return Evaluation(ordered, {label: folders[label] for label in adapters}, time.monotonic() - started)
 
 
+def room(recipe: Recipe | EvaluationRecipe) -> tuple[float, float]:
+    """CPUs and GPUs that an evaluation takes."""
+    roles = (recipe.samplers, recipe.reward_workers)
+    return sum(role.fewest * role.num_cpus for role in roles), sum(role.fewest * role.num_gpus for role in roles)
+
+
 class _Bench:
     """Sampler actors that draw chunks, and inspectors that look at them while the next are drawn.
 
     Attributes: identities: of the detectors, once they are loaded.
     """
 
-    def __init__(self, ray: Any, recipe: Recipe, suite: Suite, detectors: Any) -> None:
+    def __init__(self, ray: Any, recipe: Recipe | EvaluationRecipe, suite: Suite, detectors: Any) -> None:
         from actors.inspector import Inspector
 
         self.ray, self.recipe = ray, recipe

@@ -179,7 +179,7 @@ def _evaluations(recipe: Recipe) -> list[tuple[str, str]]:
         more = f" by more than {stop.least:g}" if stop.least else ""
         times = "1 evaluation" if stop.patience == 1 else f"{stop.patience} evaluations in a row"
         lines.append(("stops", f"when {stop.figure} has not risen{more} for {times}; the best adapter is exported"))
-    return lines
+    return [*lines, *(("guard", f"the run ends when {guard}") for guard in config.guards)]
 
 
 def _without_gradient(recipe: Recipe) -> str:

@@ -7,7 +7,7 @@ the remedy.
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe, load_recipe
 from cluster.layout import evaluator_need, lay_out
@@ -27,6 +27,9 @@ from learner.dataset import find_dataset
 from learner.gdro import GDROConfig
 from learner.objective import objective_class
 from raysteer.errors import CheckpointError, ConfigError, ModelError, StorageError, UserError
+
+if TYPE_CHECKING:
+    from cluster.evalrecipe import EvaluationRecipe
 
 _RESERVE_BYTES = 200 * 2**20
 _FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -81,7 +84,7 @@ def check_surroundings(recipe: Recipe) -> None:
     check_not_held(recipe.run_dir)
 
 
-def check_model(recipe: Recipe) -> None:
+def check_model(recipe: "Recipe | EvaluationRecipe") -> None:
     """Refuse a missing model, a folder that is no pipeline, a class without a family, torn weights.
 
     Raises:
@@ -120,7 +123,7 @@ def check_model(recipe: Recipe) -> None:
             )
 
 
-def pipeline_facts(recipe: Recipe) -> PipelineFacts | None:
+def pipeline_facts(recipe: "Recipe | EvaluationRecipe") -> PipelineFacts | None:
     """Facts of the model: from its folder, from the local hub cache, or what is published about it; None: unknown."""
     model = recipe.model
     place: Path | None = Path(model.path)
@@ -222,7 +225,7 @@ def check_reward(recipe: Recipe) -> None:
         check_evaluation(recipe)
 
 
-def check_evaluation(recipe: Recipe) -> None:
+def check_evaluation(recipe: "Recipe | EvaluationRecipe") -> None:
     """Refuse a suite whose prompts, settings or detectors cannot be used. Loads no model.
 
     Raises:

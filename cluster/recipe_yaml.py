@@ -17,7 +17,7 @@ from rewards.config import map_files
 
 # Keys that hold paths; those of prompt sources and rewards are found by their own modules.
 _PATH_KEYS = ("model.path", "prompts.safe", "prompts.unsafe")
-_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _LOCAL_CLIP = "local-dir:"
 _HASH_WHOLE_BYTES = 64 * 2**20
 _SAMPLE_BYTES = 2**20
@@ -235,30 +235,32 @@ def _dotted(location: tuple[int | str, ...], data: Any, missing: bool) -> str:
 
 
 def resolve_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make the paths of a dumped recipe absolute: in the working directory if the file is there, else beside the
-    recipe if it is there, else in the working directory (where the message about the missing file will point)."""
+    """Make the paths in the sections of a dumped recipe absolute: in the working directory if the file is there, else
+    beside the recipe if it is there, else in the working directory (where the message about the missing file points).
+    """
 
     def locate(path: str) -> str:
         here = Path(path).expanduser()
         beside = folder / here
         return str((beside if not here.exists() and beside.exists() else here).absolute())
 
-    for source in data["prompts"]["sources"] or ():
+    for source in data.get("prompts", {}).get("sources") or ():
         source["path"] = locate(source["path"])
     for key in _PATH_KEYS:
         section, name = key.split(".")
-        if data[section][name] is None:
+        if data.get(section, {}).get(name) is None:
             continue
         located = locate(data[section][name])
-        if key != "model.path" or Path(located).exists() or not _HUB_NAME.match(data[section][name]):
+        if key != "model.path" or Path(located).exists() or not HUB_NAME.match(data[section][name]):
             data[section][name] = located
 
     def locate_unless_hub(path: str) -> str:
         located = locate(path)
-        return located if Path(located).exists() or not _HUB_NAME.match(path) else path
+        return located if Path(located).exists() or not HUB_NAME.match(path) else path
 
-    data["reward"] = map_files(data["reward"], locate_unless_hub)
-    if data["offline"] is not None and data["offline"]["data"] is not None:
+    if "reward" in data:
+        data["reward"] = map_files(data["reward"], locate_unless_hub)
+    if (data.get("offline") or {}).get("data") is not None:
         data["offline"]["data"] = locate(data["offline"]["data"])
     _resolve_evaluation(data["evaluation"], locate, locate_unless_hub)
     data["run"]["storage"] = str(Path(data["run"]["storage"]).expanduser().absolute())

@@ -12,6 +12,7 @@ from evaluation.detectors.nudenet import NudeNetDetectorConfig
 from evaluation.detectors.objects import ObjectsDetectorConfig
 from evaluation.detectors.perceptual import PerceptualConfig
 from evaluation.detectors.q16 import Q16DetectorConfig
+from evaluation.guards import KL, GuardConfig, check_guards
 from evaluation.suites.attacks import AttacksConfig
 from evaluation.suites.coco import CocoConfig
 from evaluation.suites.geneval import GenEvalConfig
@@ -89,8 +90,8 @@ class EvaluationConfig(BaseModel, frozen=True, extra="forbid"):
     ``suite`` None turns evaluation off; its own section has its name. ``limit``: at most so many of its prompts, for
     trials. ``steps`` and ``guidance_scale`` are the sampler's, where the suite does not set guidance for each prompt.
     With ``reward`` the images are also scored by the recipe's reward, raw and corrected by ``judge``; None is the
-    suite, if it can judge. ``every`` that many steps a checkpoint is evaluated beside training; ``stop`` ends the run
-    by what is found.
+    suite, if it can judge. ``every`` that many steps a checkpoint is evaluated beside training; ``stop`` and
+    ``guards`` end the run by what is found.
     """
 
     suite: Literal["glyphs", "i2p", "nudity", "attacks", "geneval", "coco", "refusal"] | None = None
@@ -111,6 +112,17 @@ class EvaluationConfig(BaseModel, frozen=True, extra="forbid"):
     detectors: DetectorsConfig = DetectorsConfig()
     every: int | None = Field(None, ge=1)
     stop: StopConfig | None = None
+    guards: tuple[GuardConfig, ...] = ()
+
+    @property
+    def may_end(self) -> bool:
+        """Evaluations may end a run before its last step."""
+        return self.stop is not None or bool(self.guards)
+
+    @property
+    def with_kl(self) -> bool:
+        """A guard goes by the KL to the base model, which nobody measures otherwise."""
+        return any(guard.figure == KL for guard in self.guards)
 
 
 def check_beside(config: EvaluationConfig, checkpoint_every: int) -> None:
@@ -122,6 +134,8 @@ def check_beside(config: EvaluationConfig, checkpoint_every: int) -> None:
     every, stop = config.every, config.stop
     if stop is not None and every is None:
         raise ConfigError("evaluation.every", None, "evaluation.stop needs it: steps between two evaluations")
+    if config.guards and every is None:
+        raise ConfigError("evaluation.every", None, "evaluation.guards needs it: steps between two evaluations")
     if stop is not None and not config.reward:
         raise ConfigError("evaluation.reward", False, f"evaluation.stop goes by {stop.figure}: set it to true")
     if every is None:
@@ -139,3 +153,4 @@ def check_beside(config: EvaluationConfig, checkpoint_every: int) -> None:
             f"it must be a multiple of run.checkpoint_every ({checkpoint_every}): checkpoints are what is evaluated; "
             f"{nearest} would do",
         )
+    check_guards(config)

@@ -118,11 +118,15 @@ class InceptionDetector:
 
 def _network(weights: str) -> Any:
     import torch
+    from safetensors.torch import load_file
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    from rewards.statedict import read_state_dict
 
     # The package unpickles whatever its file holds, code included: it gets a file of tensors alone.
     tensors = io.BytesIO()
-    torch.save(torch.load(weights, map_location="cpu", weights_only=True), tensors)
+    is_safe = Path(weights).suffix == ".safetensors"
+    torch.save(load_file(weights) if is_safe else read_state_dict(Path(weights), f"{_KEY}.weights"), tensors)
     tensors.seek(0)
     try:
         return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=tensors)

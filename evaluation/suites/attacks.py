@@ -53,7 +53,7 @@ class AttacksConfig(BaseModel, frozen=True, extra="forbid"):
         lowest = LOWEST[self.detector]
         if self.threshold is not None and self.threshold < lowest:
             raise ValueError(f"threshold {self.threshold:g} is below {lowest:g}, where {self.detector} reports nothing")
-        if self.detector == "q16" and "classes" in self.model_fields_set:
+        if self.detector == "q16" and self.classes != EXPOSED_PARTS:
             raise ValueError("classes are of nudenet and q16 has none: leave classes out, or set detector to nudenet")
         return self
 

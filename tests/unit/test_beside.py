@@ -143,7 +143,7 @@ def test_due_are_the_base_model_multiples_and_the_last_step() -> None:
 
 def found(value: float) -> dict[str, Any]:
     figure = {"value": value, "low": value, "high": value, "standard_error": 0.0, "n": 10}
-    return {"figures": {"reward_corrected": figure}, "rewards": [value] * 10}
+    return {"figures": {"reward_corrected": figure}, "rewards": [value] * 10, "samples": {}, "changes": {}}
 
 
 @pytest.fixture

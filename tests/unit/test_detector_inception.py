@@ -1,6 +1,5 @@
 """Inception features and the file of a reference set, with the real network and random weights."""
 
-import io
 import json
 import sys
 from importlib.util import find_spec
@@ -25,6 +24,7 @@ from evaluation.detectors.inception import (
     write_reference,
 )
 from raysteer.errors import ConfigError, UserError
+from tests.tiny_detectors import random_inception
 from tests.tiny_rewards import images
 
 KEY = "evaluation.coco.reference"
@@ -32,27 +32,10 @@ needs_package = pytest.mark.skipif(find_spec("torch_fidelity") is None, reason="
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The network's file, random, in the form in which the real one is published."""
+def weights() -> str:
     if find_spec("torch_fidelity") is None:
         pytest.skip("needs the extra fid")
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class Random(FeatureExtractorInceptionV3):  # type: ignore[misc]
-        def load_state_dict(self, *given: Any, **options: Any) -> Any:
-            for module in self.modules():
-                if isinstance(module, torch.nn.Conv2d):
-                    torch.nn.init.kaiming_normal_(module.weight)
-
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
-    nothing.seek(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = Random("inception-v3-compat", ["2048"], feature_extractor_weights_path=nothing)
-    file = tmp_path_factory.mktemp("inception") / "inception.pth"
-    torch.save(network.state_dict(), file)
-    return str(file)
+    return str(random_inception())
 
 
 @pytest.fixture(scope="module")

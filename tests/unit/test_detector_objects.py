@@ -30,40 +30,16 @@ from evaluation.detectors.objects import (
 )
 from raysteer.errors import ConfigError
 from rewards.config import ClipConfig
+from tests.tiny_detectors import LABELS, tiny_mask2former
 from tests.tiny_rewards import FOLDER, images
 
 CLIP = ClipConfig(model=FOLDER, batch_size=4)
-#: as checkpoints on the hub have it
-LABELS = [{"couch": "sofa", "tv": "tvmonitor", "computer mouse": "mouse"}.get(name, name) for name in CLASSES]
 PLAIN, COLOURED = "a photo of a car", "a photo of a red car"
 
 
-def build(folder: Path, labels: list[str] = LABELS) -> Path:
-    """A random Mask2Former with its processor, sure enough of some classes to see them everywhere."""
-    from transformers import (
-        Mask2FormerConfig,
-        Mask2FormerForUniversalSegmentation,
-        Mask2FormerImageProcessor,
-        SwinConfig,
-    )
-
-    stages = [f"stage{number}" for number in range(1, 5)]
-    swin = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2, out_features=stages)
-    size = {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "dim_feedforward": 32, "num_queries": 12}
-    depth = {"encoder_layers": 1, "decoder_layers": 2, "encoder_feedforward_dim": 32, "num_attention_heads": 4}
-    config = Mask2FormerConfig(backbone_config=swin, id2label=dict(enumerate(labels)), **size, **depth)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Mask2FormerForUniversalSegmentation(config)
-        model.class_predictor.weight.data.normal_(0.0, 1.0)
-    model.eval().save_pretrained(folder)
-    Mask2FormerImageProcessor(size={"height": 384, "width": 384}).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("mask2former"))
+def model() -> Path:
+    return tiny_mask2former()
 
 
 def config(model: Path, **own: Any) -> ObjectsDetectorConfig:
