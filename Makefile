@@ -8,6 +8,7 @@ VENV := .venv
 EXTRAS ?= dev
 STAMP := $(VENV)/.installed-$(EXTRAS)
 RUN := $(VENV)/bin/python
+PACKAGES := raysteer diffusion rewards glyphs evaluation actors learner cluster benchmarks tests
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c '$(SUPPORTED)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
@@ -18,8 +19,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 demo: install
 	$(RUN) -m evaluation.demo
 
+# Processes of the tests that need no cluster; those that do have the machine to themselves. Byte code as below.
+WORKERS ?= 2
+
 test: install
-	$(RUN) -m pytest
+	@$(RUN) -m compileall -q $(PACKAGES)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile tests/unit tests/browser
+	$(RUN) -m pytest tests/ray
 
 lint: install
 	$(RUN) -m ruff check

@@ -1,8 +1,8 @@
-"""Evaluator: draws, scores and judges the held-out images of one adapter after another, all in one process.
+"""Evaluator: draws and looks at the held-out images of one adapter after another, all in one process.
 
-It computes what `raysteer eval` computes with samplers and a scorer of its own (`cluster.evaluate`), in the same
+It computes what `raysteer eval` computes with samplers and inspectors of its own (`cluster.evaluate`), in the same
 chunks and by the same code, so that the figures are the same. It keeps nothing from one adapter to the next; the base
-model's rewards, which the corrected score compares with, come with each request, so that a replacement can go on.
+model's rewards and samples, which others are compared with, come with each request, so that a replacement can go on.
 """
 
 from __future__ import annotations
@@ -14,45 +14,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actors.inspector import Inspector
 from actors.sampler import Sampler
-from evaluation.scored import CHUNK, ImageScores, chunks, joined, report
-from raysteer.errors import UserError
+from evaluation.bootstrap import mean
+from evaluation.guards import KL, changes
+from evaluation.registry import Detectors, build_suite
+from evaluation.scored import findings, rewards, shots
+from evaluation.suites.table import image_seeds
 
 if TYPE_CHECKING:
     from diffusion.policy import ModelConfig
+    from diffusion.sampling import SamplingConfig
     from evaluation.config import EvaluationConfig
-    from rewards.base import Reward
-    from rewards.config import RewardConfig
-
-
-class Scorer:
-    """Scores images by the recipe's reward, and by the judge of the corrected score if there is one."""
-
-    def __init__(self, reward: RewardConfig, judge: RewardConfig | None, device: str = "auto") -> None:
-        from actors.devices import prepare_device
-        from rewards.base import build_reward
-
-        device = prepare_device(device)
-        self.reward = (reward.name, build_reward(reward, device))
-        self.judge = None if judge is None else (judge.name, build_reward(judge, device))
-
-    def score(self, images: np.ndarray, prompts: Sequence[str]) -> ImageScores:
-        """Scores of images, uint8 [n, H, W, 3], one prompt each. Whoever wants equal bits asks for `chunks`.
-
-        Raises:
-            UserError: an image cannot be scored.
-        """
-        judged = None if self.judge is None else _scored(*self.judge, images, prompts)
-        return ImageScores(_scored(*self.reward, images, prompts), judged)
+    from evaluation.suites.base import Sample, Verdict
 
 
 class Evaluator:
-    """Actor around a policy and the rewards.
+    """Actor around a policy and the detectors.
 
     Args:
         evaluator_id: for the log. model: what the adapters are for. evaluation: what is drawn.
-        reward: of the recipe, None if the images are not to be scored.
-        device, scoring_device: "auto", "cpu" or "cuda", of the policy and of the rewards.
+        detectors: who looks (see `evaluation.registry.detectors_of`), the reward among them.
+        device, scoring_device: "auto", "cpu" or "cuda", of the policy and of the detectors.
     """
 
     def __init__(
@@ -60,18 +43,16 @@ class Evaluator:
         evaluator_id: str,
         model: ModelConfig,
         evaluation: EvaluationConfig,
-        reward: RewardConfig | None,
+        detectors: Detectors,
         device: str = "auto",
         scoring_device: str = "auto",
     ) -> None:
-        from evaluation.glyphs import prompt_set
-
-        self.config = evaluation
-        self.prompts = prompt_set(evaluation)
+        self.config, self.suite = evaluation, build_suite(evaluation)
+        self.shots = shots(self.suite, evaluation)
         self.sampler = Sampler(evaluator_id, model, device=device)
-        judge = None if evaluation.judge is None else evaluation.judge.reward
-        self.scorer = None if reward is None else Scorer(reward, judge, scoring_device)
-        self.images: list[np.ndarray] = []
+        self.inspector = Inspector(detectors, scoring_device)
+        self.verdicts: dict[int, Verdict] = {}
+        self.kl: list[float] = []
         self.adapted = False
 
     def begin(self, adapter: Mapping[str, np.ndarray] | None) -> None:
@@ -79,62 +60,57 @@ class Evaluator:
         that never wore one can draw.
         """
         assert adapter is not None or not self.adapted, "the base model comes first"
-        self.images = []
+        self.verdicts, self.kl = {}, []
         if adapter is not None:
             self.sampler.policy.load_adapter(adapter)
             self.adapted = True
 
-    def draw(self, chunk: slice) -> None:
-        """Draw the images of these prompts; they stay here."""
-        config, prompts, seeds = self.config, self.prompts.prompts[chunk], self.prompts.seeds[chunk]
-        drawn = self.sampler.generate(prompts, seeds, config.steps, config.guidance_scale, batch_size=CHUNK)
-        self.images.append(drawn)
+    def draw(self, chunk: Sequence[int]) -> None:
+        """Draw the images of these shots and look at them; what was seen stays here.
 
-    def judge(self, base: Sequence[float] | None) -> dict[str, Any]:
+        Raises:
+            UserError: a detector failed.
+        """
+        own = [self.shots[index] for index in chunk]
+        prompts, guidance = [shot.prompt for shot in own], own[0].guidance_scale
+        drawn = self.sampler.generate(
+            prompts, [shot.seed for shot in own], self.config.steps, guidance, batch_size=len(own)
+        )
+        self.verdicts |= dict(zip(chunk, self.inspector.inspect(drawn, prompts), strict=True))
+
+    def diverge(self, index: int, sampling: SamplingConfig) -> None:
+        """Measure the KL to the base model on the prompt of this shot (see `evaluation.divergence`)."""
+        from evaluation.divergence import kl_to_base
+
+        shot = self.shots[index]
+        drawn = (self.sampler.policy, shot.prompt, image_seeds(shot.seed, 2), sampling)
+        self.kl.append(kl_to_base(*drawn) if self.adapted else 0.0)
+
+    def judge(self, base: Sequence[float] | None, base_samples: Mapping[str, Sample] | None) -> dict[str, Any]:
         """What all images say.
 
         Args:
             base: rewards of the base model's images; None where these are the base model's, or nothing is scored.
+            base_samples: of the base model's figures; None where these are the base model's, or nobody has them.
 
         Returns:
             figures: {name: value, low, high, standard_error, n}. rewards: of every image, None if nothing is scored.
-
-        Raises:
-            UserError: an image cannot be scored.
+            samples: {name: values, strata}. changes: {name: value, low, high}, of the differences to the base model.
         """
-        asked = [*self.prompts.unsafe, *self.prompts.safe]
-        images = np.concatenate(self.images)
-        scores = None
-        if self.scorer is not None:
-            scores = joined([self.scorer.score(images[chunk], asked[chunk]) for chunk in chunks(len(asked))])
-        reference = None if scores is None else scores.reward
-        if base is not None:
-            reference = np.asarray(base, np.float32)
-        elif self.adapted:
-            reference = None
-        found = report(self.prompts, images, self.config, scores, reference)
+        verdicts = [self.verdicts[index] for index in range(len(self.shots))]
+        raw = rewards(self.suite, verdicts)
+        reference = np.asarray(base, np.float32) if base is not None else None if self.adapted else raw
+        found, resamples = findings(self.suite, verdicts, self.config, reference), self.config.bootstrap_samples
+        figures = found.figures | ({KL: mean(np.array(self.kl), resamples)} if self.kl else {})
         return {
-            "figures": {name: asdict(figure) for name, figure in found.figures.items()},
-            "rewards": None if scores is None else [float(value) for value in scores.reward],
+            "figures": {name: asdict(figure) for name, figure in figures.items()},
+            "rewards": None if raw is None else [float(value) for value in raw],
+            "samples": {
+                name: {"values": list(sample.values), "strata": None if sample.strata is None else list(sample.strata)}
+                for name, sample in found.samples.items()
+            },
+            "changes": {} if base_samples is None else changes(base_samples, found.samples, resamples),
         }
 
     def pid(self) -> int:
         return os.getpid()
-
-
-def _scored(name: str, reward: Reward, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    """float32 [n]. A reward is somebody else's code: what it raises is reported with the prompts it was given."""
-    try:
-        total = np.asarray(reward.score(images, list(prompts)).total, np.float32)
-    except Exception as error:
-        detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise _unscored(name, f"{len(prompts)} images, the first of prompt {prompts[0]!r}", detail) from error
-    bad = np.flatnonzero(~np.isfinite(total))
-    if len(bad):
-        raise _unscored(name, f"the image of prompt {prompts[bad[0]]!r}", "its score is not a finite number")
-    return total
-
-
-def _unscored(name: str, what: str, detail: str) -> UserError:
-    problem = f"cannot score {what}: {detail}"
-    return UserError(f"reward {name}", problem, "correct it, or set evaluation.reward to false")

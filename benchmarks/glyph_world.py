@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cluster.config import load_recipe
-from evaluation.glyphs import succeeds
+from evaluation.suites.glyphs import succeeds
 from glyphs.detector import detect_all
 from glyphs.grammar import Request, fulfil, parse, random_objects, stratified_prompts
 from glyphs.pretrain import load_autoencoder, to_model_range

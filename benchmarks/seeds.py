@@ -7,30 +7,31 @@ folders.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from evaluation.card import Card, read_card
+
 COLUMNS = ("inappropriate_rate", "utility", "blank_rate_unsafe", "benign_kept", "blank_rate_safe", "diversity")
 
 
-def run(name: str, recipe: str, overrides: list[str]) -> dict:
-    """Train and evaluate one run; returns its evaluation and the training's wall-clock seconds."""
+def run(name: str, recipe: str, overrides: list[str]) -> tuple[Card, Card, float]:
+    """Train and evaluate one run; returns the cards of base and adapter and the training's wall-clock seconds."""
     started = time.monotonic()
     subprocess.run([sys.executable, "-m", "cluster", "train", recipe, f"run.name={name}", *overrides], check=True)
     seconds = time.monotonic() - started
     subprocess.run([sys.executable, "-m", "cluster", "eval", recipe, f"run.name={name}", *overrides], check=True)
-    out = Path("runs") / name / "evaluation" / "evaluation.json"
-    return json.loads(out.read_text(encoding="utf-8")) | {"training_seconds": seconds}
+    folder = Path("runs") / name / "evaluation" / "glyphs"
+    return read_card(folder / "base"), read_card(folder / "adapted"), seconds
 
 
-def row(name: str, figures: dict, seconds: float | None) -> str:
-    cells = [f"{figures[c]['value']:.3f} [{figures[c]['low']:.3f}, {figures[c]['high']:.3f}]" for c in COLUMNS]
-    return (
-        f"| {name} | {' | '.join(cells)} | {figures['hazard_count']} | {'-' if seconds is None else f'{seconds:.0f}'} |"
-    )
+def row(name: str, card: Card, seconds: float | None) -> str:
+    own = [card.figures[column] for column in COLUMNS]
+    cells = [f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" for figure in own]
+    shown = "-" if seconds is None else f"{seconds:.0f}"
+    return f"| {name} | {' | '.join(cells)} | {card.counts['hazards']} | {shown} |"
 
 
 def main() -> None:
@@ -44,10 +45,10 @@ def main() -> None:
     runs = [(f"{args.prefix}-{seed}", [f"run.seed={seed}"]) for seed in args.seeds]
     runs.append((f"{args.prefix}-alpha0", [f"run.seed={args.seeds[0]}", "reward.alpha=0.0"]))
     for index, (name, own) in enumerate(runs):
-        result = run(name, args.recipe, [*own, *args.overrides])
+        base, adapted, seconds = run(name, args.recipe, [*own, *args.overrides])
         if index == 0:
-            lines.append(row("base", result["base"], None))
-        lines.append(row(name, result["adapted"], result["training_seconds"]))
+            lines.append(row("base", base, None))
+        lines.append(row(name, adapted, seconds))
         print("\n".join(lines), flush=True)
 
 

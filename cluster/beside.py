@@ -20,9 +20,11 @@ from cluster.layout import evaluator_need, lay_out
 from cluster.placement import Need, live_nodes
 from cluster.services import logging_as, start_actor
 from cluster.supervisor import member_id
-from evaluation.glyphs import prompt_set
-from evaluation.scored import chunks
+from evaluation.guards import KL_PROMPTS
+from evaluation.registry import build_suite, detectors_of
+from evaluation.scored import chunks, shots
 from evaluation.stopping import BASE_STEP
+from evaluation.suites.table import spread
 from learner.checkpoint import (
     Checkpoint,
     DamagedCheckpoint,
@@ -40,8 +42,9 @@ if TYPE_CHECKING:
     from cluster.evaluations import Evaluations
 
 MAX_REPLACEMENTS = 3  # of the evaluator, for one step
-SILENCE_S = 600.0  # longest without an answer: to load, to draw one chunk of images, or to score all of them
+SILENCE_S = 600.0  # longest without an answer: to load, or to draw one chunk of images and look at them
 SHOWN = ("reward_corrected", "reward", "inappropriate_rate", "utility")
+GUARD_TAG = "raysteer.guard"  # in MLflow: which guard ended the run
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +88,10 @@ class Beside:
         self.recipe, self.steps, self.evaluations, self.tracker = recipe, steps, evaluations, tracker
         self.folder, self.need = evaluations.folder, need
         self.node = lay_out(recipe, live_nodes(), recipe.cluster.autoscaling).evaluator
-        self.chunks = chunks(len(prompt_set(recipe.evaluation).prompts))
+        self.suite = build_suite(recipe.evaluation)
+        drawn = shots(self.suite, recipe.evaluation)
+        self.chunks = chunks(drawn)
+        self.kl_shots = spread(len(drawn), KL_PROMPTS) if recipe.evaluation.with_kl else []
         self.news: list[str] = []
         self.waiting: deque[Due] = deque()
         self.attempt: Attempt | None = None
@@ -100,6 +106,8 @@ class Beside:
         except OSError as error:
             self._unwritten(error)
         self.seen = evaluations.done
+        self.tagged: str | None = None
+        self._tag()
         self._go_on()
 
     @property
@@ -183,21 +191,23 @@ class Beside:
         if self.actor is None:
             self.actor = self._start()
         adapter = None if due.checkpoint is None else dict(due.checkpoint.exported)
-        base = None if due.checkpoint is None else self.evaluations.base_rewards
+        evaluations, trained = self.evaluations, due.checkpoint is not None
+        base = (evaluations.base_rewards, evaluations.base_samples) if trained else (None, None)
         began = self.actor.begin.remote(adapter)
         drawing = [self.actor.draw.remote(chunk) for chunk in self.chunks]
-        self.attempt = Attempt([began, *drawing, self.actor.judge.remote(base)])
+        drawing += [self.actor.diverge.remote(index, self.recipe.sampling) for index in self.kl_shots]
+        self.attempt = Attempt([began, *drawing, self.actor.judge.remote(*base)])
 
     def _start(self) -> Any:
         from actors.evaluator import Evaluator
 
         recipe, name = self.recipe, member_id("evaluator", 0, self.actors)
         self.actors += 1
-        reward = recipe.reward if recipe.evaluation.reward else None
+        detectors = detectors_of(self.suite, recipe.evaluation, recipe.reward)
         # It has the GPUs of a sampler. Rewards that are to be scored on CPUs stay there, for equal figures.
         both = recipe.reward_workers.num_gpus and recipe.samplers.num_gpus
         scoring_device = recipe.reward_workers.device if both else "cpu"
-        arguments = (name, recipe.model, recipe.evaluation, reward, recipe.samplers.device, scoring_device)
+        arguments = (name, recipe.model, recipe.evaluation, detectors, recipe.samplers.device, scoring_device)
         actor = start_actor(Evaluator, *arguments, need=self.need, node=self.node)
         return logging_as(recipe.run.name, "evaluator", name, actor)
 
@@ -251,14 +261,19 @@ class Beside:
         except OSError as error:
             self._unwritten(error)
         values = {name: figure["value"] for name, figure in found["figures"].items()}
-        self.tracker.log_metrics.remote(due.step, {f"evaluation/{name}": value for name, value in values.items()})
+        metrics = {f"evaluation/{name}": value for name, value in values.items()}
+        self.tracker.log_metrics.remote(due.step, metrics | self.evaluations.room_left(due.step))
+        if due.step == BASE_STEP:
+            for name in self.evaluations.unwatched():
+                logger.warning("evaluation.guards: these prompts give no figure %s, so its guard watches nothing", name)
+        self._tag()
         shown = ", ".join(f"{name} {values[name]:.3f}" for name in SHOWN if name in values)
         whose = "the base model" if due.step == BASE_STEP else f"step {due.step}"
         self.news.append(f"evaluation of {whose}: {shown}{', the best so far' if is_best else ''} ({seconds:.0f} s)")
 
     def _keep_best(self, checkpoint: Checkpoint | None) -> None:
         """Write `best` anew if this checkpoint is what the run would leave now."""
-        if self.recipe.evaluation.stop is None or checkpoint is None:
+        if not self.recipe.evaluation.may_end or checkpoint is None:
             return
         if checkpoint.step == self.evaluations.verdict.export_step:
             export_adapter(self.recipe, self.folder.best, checkpoint)
@@ -266,8 +281,15 @@ class Beside:
     def _mend_best(self) -> None:
         """Write `best` anew where the rows name another step: its writer was killed between the two."""
         step = self.evaluations.verdict.export_step
-        if self.recipe.evaluation.stop is not None and step is not None and kept_step(self.folder) != step:
+        if self.recipe.evaluation.may_end and step is not None and kept_step(self.folder) != step:
             self._keep_best(self._adapter(step, checkpoint_path(self.folder.checkpoints, step)))
+
+    def _tag(self) -> None:
+        """Say in MLflow which guard ended the run; what an earlier guard had said is withdrawn."""
+        broken = self.evaluations.verdict.broken or "none is broken"
+        if broken != self.tagged:
+            self.tagged = broken
+            self.tracker.set_tags.remote({GUARD_TAG: broken})
 
     def _unwritten(self, error: OSError) -> None:
         """A full disk is noticed by name at the next checkpoint; an evaluation does not end the run."""

@@ -21,20 +21,40 @@ from cluster.cli_shell import (
 @app.command("eval")
 @reported
 def evaluate(
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE|MODEL", help="Recipe file; or a pipeline's folder or hub name, any model.")
+    ],
     overrides: Overrides = None,
     adapter: Annotated[
-        str | None, typer.Option(help="Adapter folder, checkpoint or run; the recipe's own run by default.")
+        str | None,
+        typer.Option(
+            help="Adapter folder, checkpoint or run; the recipe's own run by default, of a model none. "
+            "none: the base model."
+        ),
     ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of cards and page; <run>/evaluation/<suite> by default.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write all figures to this file.")] = None,
 ) -> None:
-    """Evaluate base model and adapter at equal prompts and seeds, and print the metric card."""
-    from cluster.config import load_recipe
+    """Evaluate base model and adapter at equal prompts and seeds: metric cards, their comparison, and a page."""
+    from cluster.evalrecipe import load_evaluation
 
-    loaded = load_recipe(recipe, overrides or [])
-    from cluster.evalrun import evaluate_and_record
+    loaded = load_evaluation(recipe, overrides or [])
+    from cluster.evalrun import evaluate_and_record, single
+    from evaluation.comparison import compare as compared
+    from evaluation.comparison import foot, table
 
-    typer.echo(evaluate_and_record(loaded, adapter, json_path, notify=typer.echo))
+    result, made = evaluate_and_record(loaded, adapter, out, json_path, notify=typer.echo)
+    cards = list(result.cards.values())
+    comparison = compared(cards) if len(cards) > 1 else None
+    typer.echo()
+    print_table(*(single(cards[0]) if comparison is None else table(comparison)))
+    for line in [] if comparison is None else foot(comparison):
+        typer.echo(f"\n{line}")
+    typer.echo()
+    for what, place in made.items():
+        typer.echo(f"{what:<13} {place}")
 
 
 @app.command()
@@ -42,18 +62,36 @@ def evaluate(
 def compare(
     runs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN]...", help="Run names, run folders or MLflow ids; all by default."),
+        typer.Argument(
+            metavar="[RUN]... | [CARD]...",
+            help="Run names, run folders or MLflow ids, all by default; or metric cards: card.json files, their "
+            "folders, or a suite's folder with all its cards.",
+        ),
     ] = None,
     storage: Annotated[str, typer.Option(help="Run storage, whose mlflow.db is read.")] = "runs",
     uri: Annotated[str | None, typer.Option(help="MLflow URI, if it is not the one of the storage.")] = None,
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "raysteer",
     only: Annotated[str | None, typer.Option(help="Show only metrics whose name contains this.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for plots and page of cards; comparison-A-B beside the first card's by default."),
+    ] = None,
 ) -> None:
-    """Show runs side by side: what differs between them, their last figures, their evaluations."""
+    """Show runs or metric cards side by side: of runs what differs between them and their last figures; of cards all
+    figures, their differences to the first card, and which of them chance does not explain. Cards of different
+    protocols are refused."""
+    from cluster.compare_cards import card_files
+    from raysteer.errors import ConfigError, TrackingError
+
+    files = card_files(runs or [])
+    if files is not None:
+        _compare_cards(files, only, json_path, out)
+        return
+    if out is not None:
+        raise ConfigError("--out", str(out), "plots and a page are made of metric cards; leave it out to compare runs")
     from cluster.compare import as_json, fetch_runs, table
     from cluster.tracking import TrackingConfig, resolve_uri
-    from raysteer.errors import TrackingError
 
     address = resolve_uri(TrackingConfig(uri=uri), storage)
     database = Path(address.removeprefix("sqlite:///"))
@@ -65,6 +103,19 @@ def compare(
     if json_path is not None:
         json_path.write_text(as_json(rows) + "\n", encoding="utf-8")
     print_table(["", *(row.name for row in rows)], table(rows, only))
+
+
+def _compare_cards(files: list[Path], only: str | None, json_path: Path | None, out: Path | None) -> None:
+    from cluster.compare_cards import compare_files, default_folder, write, write_json
+    from evaluation.comparison import foot, table
+
+    compared = compare_files(files)
+    print_table(*table(compared, only))
+    typer.echo("\n" + "\n".join(foot(compared)) + "\n")
+    if json_path is not None:
+        write_json(compared, json_path)
+        typer.echo(f"figures  {json_path}")
+    write(compared, files, out or default_folder(files, compared), notify=typer.echo)
 
 
 @app.command()

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
@@ -44,6 +44,8 @@ from learner.optim import OptimizerConfig
 from learner.sources import OfflineConfig
 from raysteer.errors import ConfigError, DatasetError, UserError
 from rewards.config import RewardConfig, map_files
+
+Sections = TypeVar("Sections", bound=BaseModel)
 
 # what decides training, apart from the weights themselves
 _MODEL_KEYS = (
@@ -208,6 +210,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: with the dotted key, the value found and what would be right.
         UserError: the file cannot be read.
     """
+    return validated(Recipe, read_sections(path, overrides), Path(path).parent)
+
+
+def read_sections(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The sections of a recipe's file, overridden and not validated.
+
+    Raises:
+        ConfigError, UserError: as ``load_recipe``.
+    """
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
@@ -223,7 +234,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     data = {key: {} if value is None and key in sections else value for key, value in data.items()}
     for override in overrides:
         apply_override(data, override)
-    return recipe_from_dict(data, file.parent)
+    return data
 
 
 def recipe_from_dict(data: Mapping[str, Any], folder: str | Path = ".") -> Recipe:
@@ -232,14 +243,23 @@ def recipe_from_dict(data: Mapping[str, Any], folder: str | Path = ".") -> Recip
     Raises:
         ConfigError: as ``load_recipe``.
     """
+    return validated(Recipe, data, folder)
+
+
+def validated(kind: type[Sections], data: Mapping[str, Any], folder: str | Path) -> Sections:
+    """Sections of this kind from nested dicts, with absolute paths.
+
+    Raises:
+        ConfigError: as ``load_recipe``.
+    """
     check_finite(data)
     try:
         # Strict JSON mode: 1 is not true, "5" is not 5, 10.0 is not 10, yet a list is a tuple.
-        recipe = Recipe.model_validate_json(json.dumps(data, default=str), strict=True)
+        recipe = kind.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
-        raise to_config_error(error, data, Recipe) from None
+        raise to_config_error(error, data, kind) from None
     resolved = resolve_paths(recipe.model_dump(mode="json"), Path(folder))
-    return Recipe.model_validate_json(json.dumps(resolved), strict=True)
+    return kind.model_validate_json(json.dumps(resolved), strict=True)
 
 
 def trained_count(recipe: Recipe) -> int:
@@ -345,13 +365,13 @@ def _dataset_identity(folder: str) -> str:
         return folder
 
 
-def check_devices(recipe: Recipe) -> None:
+def check_devices(recipe: BaseModel, sections: Sequence[str] = ("samplers", "reward_workers", "learner")) -> None:
     """Refuse a CUDA role that asks Ray for no GPU: Ray would hide every GPU from it.
 
     Raises:
         ConfigError: naming the key to change.
     """
-    for section in ("samplers", "reward_workers", "learner"):
+    for section in sections:
         role = getattr(recipe, section)
         if role.device == "cuda" and not role.num_gpus:
             raise ConfigError(

@@ -7,7 +7,7 @@ a recipe's fingerprint, so that a moved model is the same model.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.config import Recipe, digest
 from cluster.modelfiles import cached_folder, read_json
@@ -15,6 +15,9 @@ from cluster.preflight import pipeline_facts
 from cluster.recipe_yaml import identity
 from diffusion.loading import loaded_parts
 from learner.dataset import FORMAT
+
+if TYPE_CHECKING:
+    from cluster.evalrecipe import EvaluationRecipe
 
 # What decides the meaning of latents, and what a prompt says to the reference.
 SAME_MODEL = ("family", "denoiser", "vae", "text_encoders", "resolution")
@@ -40,7 +43,7 @@ def journal_identity(recipe: Recipe, source: Literal["train", "generate"]) -> di
     }
 
 
-def model_identity(recipe: Recipe) -> dict[str, Any]:
+def model_identity(recipe: Recipe | EvaluationRecipe) -> dict[str, Any]:
     """The part of the identity that a dataset and the recipe that trains on it must share."""
     model, facts = recipe.model, pipeline_facts(recipe)
     folder = Path(model.path) if Path(model.path).is_dir() else cached_folder(model.path, model.revision)

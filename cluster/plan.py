@@ -13,6 +13,8 @@ from cluster.memory import RoleMemory, fullest_gpu, main_memory, readable_bytes,
 from cluster.preflight import bytes_on_disk, cpus_needed, gpus_needed, latent_bytes, pipeline_facts, preflight
 from cluster.prompts import summarise
 from cluster.tracking import resolve_uri
+from evaluation.registry import build_suite
+from evaluation.scored import shots
 from learner.gdro import GDROConfig
 from raysteer.errors import PromptError
 
@@ -170,16 +172,14 @@ def _evaluations(recipe: Recipe) -> list[tuple[str, str]]:
     config, stop = recipe.evaluation, recipe.evaluation.stop
     if config.every is None:
         return []
-    from evaluation.glyphs import prompt_set  # only here: it imports the detector
-
-    images = len(prompt_set(config).prompts)
+    images = len(shots(build_suite(config), config))
     when = f"every {config.every} steps, at the first and at the last"
     lines = [("evaluations", f"{when}: {images} images each, beside training")]
     if stop is not None:
         more = f" by more than {stop.least:g}" if stop.least else ""
         times = "1 evaluation" if stop.patience == 1 else f"{stop.patience} evaluations in a row"
         lines.append(("stops", f"when {stop.figure} has not risen{more} for {times}; the best adapter is exported"))
-    return lines
+    return [*lines, *(("guard", f"the run ends when {guard}") for guard in config.guards)]
 
 
 def _without_gradient(recipe: Recipe) -> str:

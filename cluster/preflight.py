@@ -7,7 +7,7 @@ the remedy.
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import Recipe, load_recipe
 from cluster.layout import evaluator_need, lay_out
@@ -21,11 +21,15 @@ from cluster.storage import RunFolder
 from cluster.tracking import probe, resolve_uri
 from diffusion.families.base import family_for, unsupported
 from diffusion.loading import check_parts
+from evaluation.registry import build_suite, check_detectors, detectors_of
 from learner.checkpoint import latest_checkpoint
 from learner.dataset import find_dataset
 from learner.gdro import GDROConfig
 from learner.objective import objective_class
 from raysteer.errors import CheckpointError, ConfigError, ModelError, StorageError, UserError
+
+if TYPE_CHECKING:
+    from cluster.evalrecipe import EvaluationRecipe
 
 _RESERVE_BYTES = 200 * 2**20
 _FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -80,7 +84,7 @@ def check_surroundings(recipe: Recipe) -> None:
     check_not_held(recipe.run_dir)
 
 
-def check_model(recipe: Recipe) -> None:
+def check_model(recipe: "Recipe | EvaluationRecipe") -> None:
     """Refuse a missing model, a folder that is no pipeline, a class without a family, torn weights.
 
     Raises:
@@ -119,7 +123,7 @@ def check_model(recipe: Recipe) -> None:
             )
 
 
-def pipeline_facts(recipe: Recipe) -> PipelineFacts | None:
+def pipeline_facts(recipe: "Recipe | EvaluationRecipe") -> PipelineFacts | None:
     """Facts of the model: from its folder, from the local hub cache, or what is published about it; None: unknown."""
     model = recipe.model
     place: Path | None = Path(model.path)
@@ -217,8 +221,18 @@ def check_reward(recipe: Recipe) -> None:
     from rewards.base import check_rewards
 
     check_rewards(recipe.reward)
-    if recipe.evaluation.judge is not None:
-        check_rewards(recipe.evaluation.judge.reward)
+    if recipe.evaluation.suite is not None:
+        check_evaluation(recipe)
+
+
+def check_evaluation(recipe: "Recipe | EvaluationRecipe") -> None:
+    """Refuse a suite whose prompts, settings or detectors cannot be used. Loads no model.
+
+    Raises:
+        ConfigError, PromptError: naming the key or the file.
+    """
+    config = recipe.evaluation
+    check_detectors(detectors_of(build_suite(config), config, recipe.reward), config)
 
 
 def check_storage(recipe: Recipe) -> None:

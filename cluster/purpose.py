@@ -116,12 +116,12 @@ class Training:
         return Beside(self.recipe, self.steps, done, Evaluations(self.recipe, self.folder), services.tracker)
 
     def ended_early(self) -> str | None:
-        stop = self.recipe.evaluation.stop
         done, _ = self.progress()
-        if stop is None or done >= self.steps:
+        if not self.recipe.evaluation.may_end or done >= self.steps:
             return None
-        verdict = Evaluations(self.recipe, self.folder, until=done).verdict
-        return f"stopped early: {verdict.words(stop.figure)}" if verdict.stops else None
+        evaluations = Evaluations(self.recipe, self.folder, until=done)
+        verdict = evaluations.verdict
+        return f"stopped early: {verdict.words(evaluations.rule.figure)}" if verdict.stops else None
 
     def complete(self) -> Path:
         return leave_adapter(self.recipe, self.folder, self._newest())

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +17,7 @@ from rewards.config import map_files
 
 # Keys that hold paths; those of prompt sources and rewards are found by their own modules.
 _PATH_KEYS = ("model.path", "prompts.safe", "prompts.unsafe")
-_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _LOCAL_CLIP = "local-dir:"
 _HASH_WHOLE_BYTES = 64 * 2**20
 _SAMPLE_BYTES = 2**20
@@ -235,36 +235,58 @@ def _dotted(location: tuple[int | str, ...], data: Any, missing: bool) -> str:
 
 
 def resolve_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Make the paths of a dumped recipe absolute: in the working directory if the file is there, else beside the
-    recipe if it is there, else in the working directory (where the message about the missing file will point)."""
+    """Make the paths in the sections of a dumped recipe absolute: in the working directory if the file is there, else
+    beside the recipe if it is there, else in the working directory (where the message about the missing file points).
+    """
 
     def locate(path: str) -> str:
         here = Path(path).expanduser()
         beside = folder / here
         return str((beside if not here.exists() and beside.exists() else here).absolute())
 
-    for source in data["prompts"]["sources"] or ():
+    for source in data.get("prompts", {}).get("sources") or ():
         source["path"] = locate(source["path"])
     for key in _PATH_KEYS:
         section, name = key.split(".")
-        if data[section][name] is None:
+        if data.get(section, {}).get(name) is None:
             continue
         located = locate(data[section][name])
-        if key != "model.path" or Path(located).exists() or not _HUB_NAME.match(data[section][name]):
+        if key != "model.path" or Path(located).exists() or not HUB_NAME.match(data[section][name]):
             data[section][name] = located
 
     def locate_unless_hub(path: str) -> str:
         located = locate(path)
-        return located if Path(located).exists() or not _HUB_NAME.match(path) else path
+        return located if Path(located).exists() or not HUB_NAME.match(path) else path
 
-    data["reward"] = map_files(data["reward"], locate_unless_hub)
-    if data["offline"] is not None and data["offline"]["data"] is not None:
+    if "reward" in data:
+        data["reward"] = map_files(data["reward"], locate_unless_hub)
+    if (data.get("offline") or {}).get("data") is not None:
         data["offline"]["data"] = locate(data["offline"]["data"])
-    judge = data["evaluation"]["judge"]
-    if judge is not None:
-        judge["reward"] = map_files(judge["reward"], locate_unless_hub)
+    _resolve_evaluation(data["evaluation"], locate, locate_unless_hub)
     data["run"]["storage"] = str(Path(data["run"]["storage"]).expanduser().absolute())
     return data
+
+
+def _resolve_evaluation(
+    section: dict[str, Any], locate: Callable[[str], str], locate_unless_hub: Callable[[str], str]
+) -> None:
+    """Make the paths of an evaluation absolute: prompt files, references, detectors and the judge."""
+    if section["judge"] is not None:
+        section["judge"]["reward"] = map_files(section["judge"]["reward"], locate_unless_hub)
+    for suite in section.values():
+        for key in ("file", "reference"):
+            if isinstance(suite, dict) and suite.get(key) is not None:
+                suite[key] = locate(suite[key])
+    detectors = section["detectors"]
+    for name, own in detectors.items():
+        if own is None:
+            continue
+        is_clip = name in ("clip", "perceptual")
+        found = map_files({"clip": own} if is_clip else own, locate_unless_hub)
+        found = found["clip"] if is_clip else found
+        files = {key: locate(found[key]) for key in ("prompts", "weights") if found.get(key) is not None}
+        models = {"model": locate_unless_hub(found["model"])} if name == "objects" else {}
+        detectors[name] = found | files | models
 
 
 def portable_paths(data: dict[str, Any]) -> dict[str, Any]:

@@ -289,6 +289,21 @@ class Tracker:
         """Record final figures (an evaluation), as metrics without a step."""
         self.log_metrics(0, {f"{prefix}{key}": value for key, value in values.items()})
 
+    def log_model(self, name: str, figures: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """Record an evaluated model as a LoggedModel of this run, so that models can be compared by their figures."""
+        self._try("a model", lambda: self._log_model(name, figures, tags))
+
+    def _log_model(self, name: str, figures: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        from mlflow.entities import LoggedModelStatus
+
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        model = self.client.create_logged_model(
+            experiment, name=_key(name), source_run_id=self.run_id, tags=dict(tags), model_type="adapter"
+        )
+        for key, value in figures.items():
+            self.client.log_metric(self.run_id, _key(f"evaluation/{key}"), value, model_id=model.model_id)
+        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set or replace tags."""
         self._try("tags", lambda: [self.client.set_tag(self.run_id, key, value) for key, value in tags.items()])

@@ -6,8 +6,25 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from evaluation.detectors.glyphs import GlyphsDetectorConfig
+from evaluation.detectors.inception import InceptionConfig
+from evaluation.detectors.nudenet import NudeNetDetectorConfig
+from evaluation.detectors.objects import ObjectsDetectorConfig
+from evaluation.detectors.perceptual import PerceptualConfig
+from evaluation.detectors.q16 import Q16DetectorConfig
+from evaluation.guards import KL, GuardConfig, check_guards
+from evaluation.suites.attacks import AttacksConfig
+from evaluation.suites.coco import CocoConfig
+from evaluation.suites.geneval import GenEvalConfig
+from evaluation.suites.glyphs import GlyphsConfig
+from evaluation.suites.i2p import I2PConfig
+from evaluation.suites.nudity import NudityConfig
+from evaluation.suites.refusal import RefusalConfig
 from raysteer.errors import ConfigError
-from rewards.config import RewardConfig
+from rewards.config import ClipConfig, RewardConfig
+
+#: suites whose detectors see the base model's image beside each
+PAIRED = frozenset({"refusal"})
 
 
 class JudgeConfig(BaseModel, frozen=True, extra="forbid"):
@@ -38,28 +55,74 @@ class StopConfig(BaseModel, frozen=True, extra="forbid"):
     least: float = Field(0.0, ge=0.0, allow_inf_nan=False)
 
 
-class EvaluationConfig(BaseModel, frozen=True, extra="forbid"):
-    """Held-out evaluation of the base model and of the adapter at equal prompts and seeds.
+class DetectorsConfig(BaseModel, frozen=True, extra="forbid"):
+    """A section for each detector; those that the suite does not need are not read.
 
-    ``suite`` None turns evaluation off. Counts are prompts, one image each; ``diversity_prompts`` get
-    ``images_per_diversity_prompt`` images each. With ``reward`` the images are also scored by the recipe's reward, raw
-    and corrected by ``judge``; None is the suite's own detector. ``every`` that many steps a checkpoint is evaluated
-    beside training; ``stop`` ends the run by what is found.
+    ``perceptual`` None looks through ``clip``.
     """
 
-    suite: Literal["glyphs"] | None = None
-    prompts_unsafe: int = Field(280, ge=1)
-    prompts_safe: int = Field(240, ge=1)
-    diversity_prompts: int = Field(16, ge=0)
-    images_per_diversity_prompt: int = Field(4, ge=2)
+    glyphs: GlyphsDetectorConfig = GlyphsDetectorConfig()
+    nudenet: NudeNetDetectorConfig = NudeNetDetectorConfig()
+    q16: Q16DetectorConfig | None = None
+    objects: ObjectsDetectorConfig = ObjectsDetectorConfig()
+    clip: ClipConfig | None = None
+    perceptual: PerceptualConfig | None = None
+    inception: InceptionConfig | None = None
+
+    def section(self, name: str) -> BaseModel:
+        """What a detector is built from.
+
+        Raises:
+            ConfigError: it has no section, and no default.
+        """
+        found: BaseModel | None = getattr(self, name)
+        if name == "perceptual" and found is None and self.clip is not None:
+            found = PerceptualConfig.model_validate(self.clip.model_dump())
+        if found is None:
+            key = f"evaluation.detectors.{name}"
+            raise ConfigError(key, None, "the suite looks through it: add the section (docs/suites.md shows one)")
+        return found
+
+
+class EvaluationConfig(BaseModel, frozen=True, extra="forbid"):
+    """Evaluation of the base model and of the adapter at equal prompts and seeds.
+
+    ``suite`` None turns evaluation off; its own section has its name. ``limit``: at most so many of its prompts, for
+    trials. ``steps`` and ``guidance_scale`` are the sampler's, where the suite does not set guidance for each prompt.
+    With ``reward`` the images are also scored by the recipe's reward, raw and corrected by ``judge``; None is the
+    suite, if it can judge. ``every`` that many steps a checkpoint is evaluated beside training; ``stop`` and
+    ``guards`` end the run by what is found.
+    """
+
+    suite: Literal["glyphs", "i2p", "nudity", "attacks", "geneval", "coco", "refusal"] | None = None
+    limit: int | None = Field(None, ge=1)
     seed: int = 1234
     steps: int = Field(10, ge=1)
     guidance_scale: float = Field(3.0, ge=1.0)
     bootstrap_samples: int = Field(2000, ge=100)
     reward: bool = True
     judge: JudgeConfig | None = None
+    glyphs: GlyphsConfig = GlyphsConfig()
+    i2p: I2PConfig | None = None
+    nudity: NudityConfig | None = None
+    attacks: AttacksConfig | None = None
+    geneval: GenEvalConfig | None = None
+    coco: CocoConfig | None = None
+    refusal: RefusalConfig | None = None
+    detectors: DetectorsConfig = DetectorsConfig()
     every: int | None = Field(None, ge=1)
     stop: StopConfig | None = None
+    guards: tuple[GuardConfig, ...] = ()
+
+    @property
+    def may_end(self) -> bool:
+        """Evaluations may end a run before its last step."""
+        return self.stop is not None or bool(self.guards)
+
+    @property
+    def with_kl(self) -> bool:
+        """A guard goes by the KL to the base model, which nobody measures otherwise."""
+        return any(guard.figure == KL for guard in self.guards)
 
 
 def check_beside(config: EvaluationConfig, checkpoint_every: int) -> None:
@@ -71,12 +134,17 @@ def check_beside(config: EvaluationConfig, checkpoint_every: int) -> None:
     every, stop = config.every, config.stop
     if stop is not None and every is None:
         raise ConfigError("evaluation.every", None, "evaluation.stop needs it: steps between two evaluations")
+    if config.guards and every is None:
+        raise ConfigError("evaluation.every", None, "evaluation.guards needs it: steps between two evaluations")
     if stop is not None and not config.reward:
         raise ConfigError("evaluation.reward", False, f"evaluation.stop goes by {stop.figure}: set it to true")
     if every is None:
         return
     if config.suite is None:
-        raise ConfigError("evaluation.suite", None, "evaluation.every needs it: set it to glyphs")
+        raise ConfigError("evaluation.suite", None, "evaluation.every needs it: name a suite, such as glyphs")
+    if config.suite in PAIRED:
+        why = "it compares with the base model's images, which nobody keeps beside training"
+        raise ConfigError("evaluation.suite", config.suite, f"{why}: use another, or set evaluation.every to null")
     if every % checkpoint_every:
         nearest = max(1, round(every / checkpoint_every)) * checkpoint_every
         raise ConfigError(
@@ -85,3 +153,4 @@ def check_beside(config: EvaluationConfig, checkpoint_every: int) -> None:
             f"it must be a multiple of run.checkpoint_every ({checkpoint_every}): checkpoints are what is evaluated; "
             f"{nearest} would do",
         )
+    check_guards(config)

@@ -1,63 +1,98 @@
-"""The figures of one adapter's images, the recipe's reward among them, for whoever drew and scored the images."""
+"""From a suite to what is drawn, and from what detectors saw to figures, the recipe's reward among them.
+
+Whoever draws and looks (`cluster.evaluate` with many actors, `actors.evaluator` alone), it is in these chunks and
+these figures, so that results are the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from evaluation import glyphs
-from evaluation.bootstrap import mean
 from evaluation.config import EvaluationConfig
 from evaluation.corrected import as_quality, corrected
-from evaluation.glyphs import PromptSet, Report
+from evaluation.suites.base import Findings, Judging, Meaning, Sample, Suite, Verdict, figure_of
 
 CHUNK = 16
+REWARD, JUDGE = "reward", "judge"
+MEANINGS = {
+    REWARD: Meaning("reward (raw)", "higher"),
+    "reward_corrected": Meaning("reward (corrected: gains the judge approves)", "higher"),
+}
 
 
 @dataclass(frozen=True)
-class ImageScores:
-    """Scores of the images of unsafe and safe prompts, in that order: float [n].
+class Shot:
+    """An image to be drawn; `ask` is the index of its ask."""
 
-    `reward`: the recipe's. `judged`: of the judge of the corrected score, None where the suite's detector judges.
+    ask: int
+    prompt: str
+    seed: int
+    guidance_scale: float
+
+
+def shots(suite: Suite, config: EvaluationConfig) -> list[Shot]:
+    """All images of a suite, the seeds of the first ask first."""
+    return [
+        Shot(index, ask.prompt, seed, config.guidance_scale if ask.guidance_scale is None else ask.guidance_scale)
+        for index, ask in enumerate(suite.asks)
+        for seed in ask.seeds
+    ]
+
+
+def chunks(drawn: Sequence[Shot]) -> list[tuple[int, ...]]:
+    """Indices of what is drawn and looked at together: the same for everybody, because rounding may depend on it."""
+    by_guidance: dict[float, list[int]] = {}
+    for index, shot in enumerate(drawn):
+        by_guidance.setdefault(shot.guidance_scale, []).append(index)
+    return [tuple(own[start : start + CHUNK]) for own in by_guidance.values() for start in range(0, len(own), CHUNK)]
+
+
+def rewards(suite: Suite, verdicts: Sequence[Verdict]) -> np.ndarray | None:
+    """Rewards of the images that count in it, float32 [n]; None if nothing was scored."""
+    if not verdicts or REWARD not in verdicts[0]:
+        return None
+    return np.array([verdicts[index][REWARD] for index in _rewarded(suite)], np.float32)
+
+
+def findings(suite: Suite, verdicts: Sequence[Verdict], config: EvaluationConfig, base: np.ndarray | None) -> Findings:
+    """What a suite says of one model, with the figure "reward" if its images were scored.
+
+    Args:
+        base: `rewards` of the base model's images, which give the figure "reward_corrected" where somebody judges
+            quality (see `evaluation.corrected`): `config.judge`, or the suite itself.
     """
-
-    reward: np.ndarray
-    judged: np.ndarray | None = None
-
-
-def chunks(count: int) -> list[slice]:
-    """What is drawn or scored together: the same for everybody, because rounding may depend on it."""
-    return [slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-
-
-def joined(parts: Sequence[ImageScores]) -> ImageScores:
-    """The scores of consecutive chunks as one."""
-    judged = [part.judged for part in parts if part.judged is not None]
-    return ImageScores(np.concatenate([part.reward for part in parts]), np.concatenate(judged) if judged else None)
+    found, raw = suite.find(verdicts, config.bootstrap_samples), rewards(suite, verdicts)
+    if raw is None:
+        return found
+    samples = {REWARD: _sample(suite, raw)}
+    quality = _quality(suite, verdicts, config)
+    if base is not None and quality is not None:
+        samples["reward_corrected"] = _sample(suite, corrected(raw, base, quality))
+    own = {name: figure_of(sample, config.bootstrap_samples) for name, sample in samples.items()}
+    return replace(found, figures=found.figures | own, samples=found.samples | samples)
 
 
-def report(
-    prompts: PromptSet,
-    images: np.ndarray,
-    config: EvaluationConfig,
-    scores: ImageScores | None,
-    base: np.ndarray | None,
-) -> Report:
-    """Figures of the images of `prompts.prompts`, uint8 [n, 32, 32, 3].
+def _quality(suite: Suite, verdicts: Sequence[Verdict], config: EvaluationConfig) -> np.ndarray | None:
+    counted = _rewarded(suite)
+    if config.judge is not None:
+        judged = np.array([verdicts[index][JUDGE] for index in counted])
+        return as_quality(judged, config.judge.low, config.judge.high)
+    if isinstance(suite, Judging):
+        return np.asarray(suite.quality(verdicts))[counted]
+    return None
 
-    With `scores` the figure "reward" is among them, and with `base`, the rewards of the base model's images, the figure
-    "reward_corrected" (see `evaluation.corrected`).
-    """
-    found = glyphs.judge(prompts, images, config)
-    if scores is not None:
-        found.figures["reward"] = mean(scores.reward, config.bootstrap_samples)
-    if scores is not None and base is not None:
-        quality = found.quality
-        if config.judge is not None:
-            assert scores.judged is not None, "a judge has scored whatever the reward has"
-            quality = as_quality(scores.judged, config.judge.low, config.judge.high)
-        credited = corrected(scores.reward, base, quality)
-        found.figures["reward_corrected"] = mean(credited, config.bootstrap_samples)
-    return found
+
+def _rewarded(suite: Suite) -> list[int]:
+    """Images whose asks count in the reward."""
+    return np.flatnonzero([ask.rewarded for ask in suite.asks for _ in ask.seeds]).tolist()
+
+
+def _sample(suite: Suite, values: np.ndarray) -> Sample:
+    """The mean of each ask's images; None where they do not count."""
+    left = iter(values.astype(np.float64))
+    return Sample(
+        tuple(float(np.mean([next(left) for _ in ask.seeds])) if ask.rewarded else None for ask in suite.asks)
+    )

@@ -22,7 +22,8 @@ class Verdict:
         export_step: whose adapter the run should leave: the best one, or if that is the base model the best of those
             trained; None when none has been trained.
         without: evaluations in a row without a new best.
-        stops: the patience is used up.
+        stops: the run is over: the patience is used up, or a guard is broken.
+        broken, broken_step: the guard that ended it, in words, and at which evaluation (see `evaluation.guards`).
     """
 
     best_step: int | None = None
@@ -30,6 +31,8 @@ class Verdict:
     export_step: int | None = None
     without: int = 0
     stops: bool = False
+    broken: str | None = None
+    broken_step: int | None = None
 
     @property
     def base_is_best(self) -> bool:
@@ -37,6 +40,8 @@ class Verdict:
 
     def words(self, figure: str) -> str:
         """Such as: reward_corrected has not risen for 2 evaluations; best 0.373 at step 20."""
+        if self.broken is not None:
+            return self.broken
         if self.best is None:
             return f"no evaluation has {figure}"
         times = "1 evaluation" if self.without == 1 else f"{self.without} evaluations"

@@ -75,6 +75,10 @@ class ExportError(UserError):
     """An adapter cannot be exported."""
 
 
+class CardError(UserError):
+    """A metric card is not there, cannot be read, or cannot be compared with another."""
+
+
 class DeadlineExceeded(RuntimeError):
     """A bounded wait ended without what it waited for.
 

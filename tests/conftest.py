@@ -16,6 +16,7 @@ for _key, _value in {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each run, and no test drains a node
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
 }.items():
@@ -120,11 +121,15 @@ def ray_cluster() -> Iterator[Any]:
     """
     from cluster.config import ClusterConfig
     from cluster.runtime import init_ray
+    from raysteer.errors import ClusterError
 
     folder = tempfile.mkdtemp(prefix="r")  # short: Ray puts unix sockets below it
     earlier = os.environ.get("RAY_TMPDIR")
     os.environ["RAY_TMPDIR"] = folder
-    ray = init_ray(ClusterConfig(), num_cpus_needed=8)
+    try:
+        ray = init_ray(ClusterConfig(), num_cpus_needed=8)
+    except ClusterError:  # Ray gives its processes 30 s; beside another test process that may be too little, once
+        ray = init_ray(ClusterConfig(), num_cpus_needed=8)
     yield ray
     ray.shutdown()
     if earlier is None:

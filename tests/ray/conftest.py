@@ -18,6 +18,12 @@ os.environ.setdefault("RAYSTEER_TEST_FAULTS", tempfile.mkdtemp(prefix="faults"))
 Runner = Callable[..., Any]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Of two test processes each has faults of its own; what they start inherits them."""
+    if hasattr(config, "workerinput"):
+        os.environ["RAYSTEER_TEST_FAULTS"] = tempfile.mkdtemp(prefix="faults")
+
+
 class World:
     """Recipes over tiny models in one storage folder, and the faults that are to happen in the next run."""
 

@@ -17,10 +17,10 @@ SHORT = [
     "run.steps=1",
     "run.groups_per_step=2",
     "sampling.group_size=2",
-    "evaluation.prompts_unsafe=7",
-    "evaluation.prompts_safe=6",
-    "evaluation.diversity_prompts=2",
-    "evaluation.images_per_diversity_prompt=2",
+    "evaluation.glyphs.prompts_unsafe=7",
+    "evaluation.glyphs.prompts_safe=6",
+    "evaluation.glyphs.diversity_prompts=2",
+    "evaluation.glyphs.images_per_diversity_prompt=2",
     "evaluation.bootstrap_samples=100",
 ]
 
@@ -41,6 +41,7 @@ def test_the_demo_trains_evaluates_and_leaves_what_it_says(tmp_path: Path) -> No
         assert 0.0 <= figures["inappropriate_rate"] <= 1.0 and 0.0 <= figures["utility"] <= 1.0
     run = tmp_path / "runs" / result["run"]
     assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
-    with Image.open(run / "evaluation" / "before_after.png") as picture:
+    assert "<!doctype html>" in (run / "evaluation/glyphs/index.html").read_text().lower()
+    with Image.open(run / "evaluation/glyphs/before_after.png") as picture:
         assert picture.size > (400, 100)
     assert f"recorded as evaluation/... in run {(run / 'mlflow_run_id').read_text().strip()}" in done.stdout

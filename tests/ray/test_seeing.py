@@ -1,4 +1,6 @@
-"""What a run shows of itself: Ray's metrics page, the figures of its steps, and the log lines of its actors."""
+"""An asynchronous run and what it shows of itself: its lag and drops, Ray's metrics page, the figures of its steps, the
+log lines of its actors.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,14 @@ Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 @dataclass
 class Watched:
-    """A finished run with one dropped group: who sent its metrics, its last snapshot, its figures by step."""
+    """A finished run with one dropped group: who sent its metrics, its last snapshot, its figures by step, its
+    result.
+    """
 
     metrics: RunMetrics
     snapshot: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
+    result: Any = None
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +44,31 @@ def watched(ray_cluster: Any, world: World) -> Watched:
     from cluster.train import train
     from learner.records import read_rows
 
-    world.plan_faults(nan_at=[2])
+    world.plan_faults(nan_at=[3], raise_at=[6])
     seen = Watched(RunMetrics(LABEL))
 
     def observe(snapshot: dict[str, Any]) -> None:
         seen.metrics(snapshot)
         seen.snapshot = snapshot
 
-    result = train(world.recipe(RUN, run__steps=2, run__checkpoint_every=1), observe=observe)
-    assert result.status == "finished"
-    seen.rows = read_rows(result.run_dir / "metrics.jsonl")
+    decoupled = {"objective__anchor": "interpolated", "objective__updates_per_batch": 2}
+    overlapped = {"run__steps": 5, "buffer__max_staleness": 1, "samplers__count": 2}
+    seen.result = train(world.recipe(RUN, **overlapped, **decoupled), observe=observe)
+    seen.rows = read_rows(seen.result.run_dir / "metrics.jsonl")
     return seen
+
+
+def test_an_asynchronous_run_keeps_its_lag_bound_and_names_what_it_drops(watched: Watched) -> None:
+    result, rows = watched.result, watched.rows
+    assert result.status == "finished"
+    assert result.ledger["dropped"] == {"reward_not_finite:inappropriate": 1}
+    assert result.ledger["events"]["score_retried"] == 1
+    assert result.ledger["committed"] == 20
+    lags = [row["staleness/max"] for row in rows]
+    assert max(lags) == 1.0, "samplers run ahead by one version and no further"
+    weighted = [row["objective/weight_mean"] != 1.0 for row in rows]
+    assert weighted == [lag > 0.0 for lag in lags], "stale groups, and no others, begin away from their own policy"
+    assert max(row["overlap/sampling_while_learning"] for row in rows) > 0.0
 
 
 def wait_for(what: str, found: Callable[[], Any]) -> Any:
@@ -113,7 +132,7 @@ def test_counts_of_work_add_up(watched: Watched) -> None:
     groups = watched.snapshot["groups"]
     assert groups["sampled"] >= groups["scored"] >= groups["trained"]
     assert watched.snapshot["lost"] == {"sampler": 0, "reward_worker": 0}
-    assert all(row["throughput/sampled_images_per_s"] > 0 for row in watched.rows)
+    assert watched.rows[0]["throughput/sampled_images_per_s"] > 0
 
 
 class Talker:
@@ -146,4 +165,4 @@ def test_an_actors_log_line_is_one_json_object_that_says_who_wrote_it(ray_cluste
 def test_a_training_sends_its_metrics_by_itself(ray_cluster: Any, watched: Watched) -> None:
     trained = ("ray_raysteer_groups_total", frozenset({("run", RUN), ("stage", "trained")}))
     found = wait_for("the counters of the run", lambda: scraped(ray_cluster, RUN).get(trained))
-    assert found == 8.0
+    assert found == 20.0

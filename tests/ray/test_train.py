@@ -37,7 +37,7 @@ def test_a_run_leaves_everything_it_promises(undisturbed: Any, world: World) -> 
         stage/adapter_latency_s throughput/images_per_s prompts/truncated"""
     assert all(set(wanted.split()) <= row.keys() for row in rows)
     assert rows[0]["objective/ratio_max_dev"] == 0.0, "fresh samples replay exactly"
-    assert all(row["staleness/max"] == 0.0 for row in rows)
+    assert all(row["staleness/max"] == 0.0 and row["throughput/sampled_images_per_s"] > 0.0 for row in rows)
     record = json.loads((run_dir / "ledger.json").read_text())
     assert record["status"] == "finished"
 
@@ -72,21 +72,3 @@ def test_a_finished_run_is_not_run_again(undisturbed: Any, world: World) -> None
     again = train(world.recipe("undisturbed"))
     assert (again.status, again.steps, again.mlflow_run_id) == ("finished", 4, undisturbed.mlflow_run_id)
     assert_same_adapter(again.adapter_dir, undisturbed.adapter_dir)
-
-
-def test_an_asynchronous_run_keeps_its_lag_bound_and_names_what_it_drops(ray_cluster: Any, world: World) -> None:
-    from cluster.train import train
-
-    world.plan_faults(nan_at=[3], raise_at=[6])
-    decoupled = {"objective__anchor": "interpolated", "objective__updates_per_batch": 2}
-    result = train(world.recipe("overlapped", run__steps=5, buffer__max_staleness=1, samplers__count=2, **decoupled))
-    assert result.status == "finished"
-    assert result.ledger["dropped"] == {"reward_not_finite:inappropriate": 1}
-    assert result.ledger["events"]["score_retried"] == 1
-    assert result.ledger["committed"] == 20
-    rows = metrics(result.run_dir)
-    lags = [row["staleness/max"] for row in rows]
-    assert max(lags) == 1.0, "samplers run ahead by one version and no further"
-    weighted = [row["objective/weight_mean"] != 1.0 for row in rows]
-    assert weighted == [lag > 0.0 for lag in lags], "stale groups, and no others, begin away from their own policy"
-    assert max(row["overlap/sampling_while_learning"] for row in rows) > 0.0

@@ -26,7 +26,7 @@ from raysteer.errors import ClusterError, ConfigError
 from tests.conftest import RecipeFactory
 from tests.policies import load
 
-EVERY = {"suite": "glyphs", "prompts_unsafe": 4, "prompts_safe": 6, "diversity_prompts": 0, "every": 2}
+EVERY = {"suite": "glyphs", "glyphs": {"prompts_unsafe": 4, "prompts_safe": 6, "diversity_prompts": 0}, "every": 2}
 
 
 def rows(*values: float | None, every: int = 10) -> list[dict[str, Any]]:
@@ -43,7 +43,8 @@ def rows(*values: float | None, every: int = 10) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("changes", "key", "said"),
     [
-        ({"suite": None}, "evaluation.suite", "set it to glyphs"),
+        ({"suite": None}, "evaluation.suite", "such as glyphs"),
+        ({"suite": "refusal"}, "evaluation.suite", "nobody keeps beside training"),
         ({"every": 3}, "evaluation.every", r"multiple of run.checkpoint_every \(2\).*; 4 would do"),
         ({"every": 1}, "evaluation.every", "2 would do"),
         ({"every": 0}, "evaluation.every", "greater than or equal to 1"),
@@ -142,7 +143,7 @@ def test_due_are_the_base_model_multiples_and_the_last_step() -> None:
 
 def found(value: float) -> dict[str, Any]:
     figure = {"value": value, "low": value, "high": value, "standard_error": 0.0, "n": 10}
-    return {"figures": {"reward_corrected": figure}, "rewards": [value] * 10}
+    return {"figures": {"reward_corrected": figure}, "rewards": [value] * 10, "samples": {}, "changes": {}}
 
 
 @pytest.fixture

@@ -2,20 +2,17 @@
 
 from benchmarks.loop import render
 from evaluation.demo import flat
+from tests.cards import make_card
 
 
 def test_demo_figures_carry_value_interval_and_standard_error():
-    figures = {
-        "utility": {"value": 0.7, "low": 0.6, "high": 0.8, "standard_error": 0.05, "n": 240},
-        "hazard_count": 22,
-        "categories": {"toxic": {"value": 0.1}},
-    }
-    assert flat(figures) == {
-        "utility": 0.7,
-        "utility_interval": [0.6, 0.8],
-        "utility_standard_error": 0.05,
-        "hazard_count": 22,
-    }
+    card = make_card(label="base", seed=0)
+    found = flat(card)
+    for name, figure in card.figures.items():
+        assert found[name] == figure["value"]
+        assert found[f"{name}_interval"] == [figure["low"], figure["high"]]
+        assert found[f"{name}_standard_error"] == figure["standard_error"]
+    assert len(found) == 3 * len(card.figures) + len(card.counts)
 
 
 def test_loop_table_leaves_out_what_was_not_measured():

@@ -4,28 +4,14 @@ import numpy as np
 import pytest
 
 from evaluation.bootstrap import mean, stratified_mean
-from evaluation.config import EvaluationConfig
-from evaluation.glyphs import evaluate, judge, paired_difference, prompt_set, succeeds
 from evaluation.picture import before_after
+from evaluation.suites.base import Sample, figure_of
+from evaluation.suites.glyphs import MARK_ALONE, WITH_OBJECT, Glyphs, GlyphsConfig, succeeds
 from glyphs.detector import Detection
-from glyphs.grammar import fulfil, parse
-from glyphs.world import Scene, render
+from glyphs.grammar import BENIGN_TASKS, parse
+from tests.painters import blank, perfect, report_of, verdicts_of
 
-SMALL = EvaluationConfig(
-    suite="glyphs", prompts_unsafe=28, prompts_safe=24, diversity_prompts=4, images_per_diversity_prompt=3
-)
-
-
-def perfect(prompts, seeds):
-    images = []
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        rng = np.random.default_rng(seed)
-        images.append(render(fulfil(parse(prompt), rng), rng))
-    return np.stack(images)
-
-
-def blank(prompts, seeds):
-    return np.stack([render(Scene(()), np.random.default_rng(seed)) for seed in seeds])
+SMALL = GlyphsConfig(prompts_unsafe=28, prompts_safe=24, diversity_prompts=4, images_per_diversity_prompt=3)
 
 
 def seen(kind, colour="red", centre=(8.0, 8.0)):
@@ -33,28 +19,43 @@ def seen(kind, colour="red", centre=(8.0, 8.0)):
 
 
 def test_a_perfect_painter_scores_one_everywhere():
-    report, images, prompts = evaluate(perfect, SMALL)
-    assert len(images) == 28 + 24 + 12 == len(prompts.prompts)
+    report = report_of(perfect, SMALL)
+    assert len(report.seen) == 28 + 24 + 12
     assert report.figures["utility"].value == report.figures["inappropriate_rate"].value == 1.0
     assert report.figures["benign_kept"].value == 1.0 and report.figures["blank_rate_unsafe"].value == 0.0
-    assert report.hazard_count == 28 and set(report.tasks.values()) == {report.tasks["single"]}
+    assert report.counts["hazards"] == 28
+    assert set(report.groups["task"]) == set(BENIGN_TASKS)
+    assert {figure.value for figure in report.groups["task"].values()} == {1.0}
+    assert all("mark" in words[0] for words in report.seen[:28]) and not any(report.seen[28:])
 
 
 def test_a_model_that_is_safe_because_it_paints_nothing_is_exposed():
-    report, _, _ = evaluate(blank, SMALL)
+    report = report_of(blank, SMALL)
     assert report.figures["inappropriate_rate"].value == 0.0
     assert report.figures["blank_rate_unsafe"].value == 1.0
     assert report.figures["utility"].value == report.figures["benign_kept"].value == 0.0
     assert report.figures["diversity"].value < 0.1
+    assert set(report.seen[:52]) == {("shows nothing",)}
+    suite = Glyphs(SMALL, 1234)
+    assert set(suite.quality(verdicts_of(blank, suite))[:52]) == {0.0}
 
 
 def test_forms_split_the_unsafe_prompts_and_add_up_to_the_whole():
-    report, _, _ = evaluate(perfect, SMALL)
+    report = report_of(perfect, SMALL)
     for name in ("inappropriate_rate", "blank_rate"):
-        parts = [form[name] for form in report.forms.values()]
+        parts = [report.groups[form][name] for form in (WITH_OBJECT, MARK_ALONE)]
         whole = report.figures["inappropriate_rate" if name == "inappropriate_rate" else "blank_rate_unsafe"]
         assert sum(p.n for p in parts) == whole.n == 28
         assert sum(p.value * p.n for p in parts) == whole.value * whole.n
+
+
+def test_every_figure_is_the_figure_of_its_sample():
+    suite = Glyphs(SMALL, 1234)
+    report = report_of(perfect, SMALL)
+    for name, figure in report.figures.items():
+        assert len(report.samples[name].values) == len(suite.asks), name
+        assert figure_of(report.samples[name], 500) == figure, name
+    assert report.figures.keys() <= suite.meanings.keys()
 
 
 def test_counting_is_exact_and_other_tasks_allow_extra_objects():
@@ -79,17 +80,17 @@ def test_position_follows_the_half_rule_at_its_edge(x, y, holds):
     assert succeeds(request, [seen("circle", centre=(16 + x, 8 + y)), seen("square", centre=(16, 8))]) == holds
 
 
-def test_prompt_set_is_a_pure_function_and_its_hash_tells_sets_apart():
-    assert prompt_set(SMALL) == prompt_set(SMALL)
-    other = prompt_set(SMALL.model_copy(update={"seed": 1}))
-    assert other.sha256() != prompt_set(SMALL).sha256()
+def test_the_prompts_are_a_pure_function_of_the_settings_and_limit_takes_fewer():
+    assert Glyphs(SMALL, 1234).asks == Glyphs(SMALL, 1234).asks != Glyphs(SMALL, 1).asks
+    few = Glyphs(SMALL, 1234, limit=6)
+    assert [sum(ask.unsafe for ask in few.asks[:12]), len(few.asks)] == [6, 16]
+    assert len(Glyphs(SMALL, 1234, limit=100).asks) == 56
 
 
-def test_paired_difference_of_a_model_with_itself_is_exactly_zero():
-    prompts = prompt_set(SMALL)
-    report = judge(prompts, perfect(prompts.prompts, prompts.seeds), SMALL)
-    for figure in paired_difference(report, report, SMALL).values():
-        assert figure.value == figure.low == figure.high == 0.0
+def test_a_figure_of_strata_is_the_mean_of_their_means_and_skips_what_does_not_count():
+    sample = Sample((1.0, 1.0, 1.0, 0.0, None), ("a", "a", "a", "b", "c"))
+    assert figure_of(sample, 100).value == 0.5
+    assert figure_of(Sample(sample.values), 100).value == 0.75
 
 
 def test_bootstrap_interval_covers_the_mean_and_shrinks_with_samples():
@@ -108,9 +109,9 @@ def test_stratified_mean_weighs_tasks_not_prompts():
 
 
 def test_picture_is_written_with_both_rows(tmp_path):
-    prompts = prompt_set(SMALL)
-    images = perfect(prompts.prompts[:4], prompts.seeds[:4])
+    prompts = [ask.prompt for ask in Glyphs(SMALL, 1234).asks[:4]]
+    images = perfect(prompts, range(4))
     flags = np.array([True, True, False, False])
     rows = {"base": images, "adapted": images}
-    path = before_after(tmp_path / "p.png", rows, prompts.prompts[:4], dict.fromkeys(rows, flags), 2, "title")
+    path = before_after(tmp_path / "p.png", rows, prompts, dict.fromkeys(rows, flags), 2, "title")
     assert path.read_bytes().startswith(b"\x89PNG")
