@@ -79,8 +79,8 @@ class Evaluator:
         self.verdicts |= dict(zip(chunk, self.inspector.inspect(drawn, prompts), strict=True))
 
     def diverge(self, index: int, sampling: SamplingConfig) -> None:
-        """Measure the KL to the base model on the prompt of this shot (see `evaluation.divergence`)."""
-        from evaluation.divergence import kl_to_base
+        """Measure the KL to the base model on the prompt of this shot (see `learner.divergence`)."""
+        from learner.divergence import kl_to_base
 
         shot = self.shots[index]
         drawn = (self.sampler.policy, shot.prompt, image_seeds(shot.seed, 2), sampling)

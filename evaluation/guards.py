@@ -46,7 +46,7 @@ class GuardConfig(BaseModel, frozen=True, extra="forbid"):
     ``at_least`` and ``at_most`` bound the figure itself, ``most_worse`` how much worse it may be than the base model's
     in the same run; 0 is "not clearly worse". ``beyond_doubt`` false goes by the value, whatever its interval.
     ``figure`` is one of the suite, the reward, or "kl": to the base model, measured for a guard alone (see
-    `evaluation.divergence`).
+    `learner.divergence`).
     """
 
     figure: str = Field(min_length=1)

@@ -18,10 +18,10 @@ from cluster.storage import RunFolder
 from diffusion.adapters import adapter_metadata
 from diffusion.sampling import SamplingConfig
 from evaluation.config import EvaluationConfig
-from evaluation.divergence import kl_to_base
 from evaluation.guards import GuardConfig, breach_of, changes, excess, judge_guarded, known_figures, room_left
 from evaluation.stopping import judge
 from evaluation.suites.base import Sample
+from learner.divergence import kl_to_base
 from learner.grpo import GRPO, GRPOConfig
 from raysteer.errors import ConfigError
 from tests.conftest import RecipeFactory
