@@ -37,9 +37,9 @@ class Visit:
 Visitor = Callable[..., Visit]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium from the system, driven by playwright."""
+    """Chromium from the system, driven by playwright, whose event loop runs until the module ends."""
     api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is not there; on Debian: apt-get install chromium")
