@@ -64,6 +64,16 @@ def adapted(recipe: Recipe | EvaluationRecipe, state: Mapping[str, np.ndarray] |
     }
 
 
+def by_content(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model without where it and its adapter lie: moved, they draw the same images."""
+    adapter = model["adapter"]
+    return {
+        "sha256": model["sha256"],
+        "dtype": model["dtype"],
+        "adapter": None if adapter is None else adapter["checksum"],
+    }
+
+
 def _reward(section: dict[str, Any], words: str) -> dict[str, str]:
     """A reward in words, and as a hash with files by content."""
     return {"name": words, "sha256": digest(map_files(section | {"detector": None}, identity))}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cluster.evalprotocol import adapted, protocol_of
+from cluster.evalprotocol import adapted, by_content, protocol_of
 from cluster.evalstore import EvaluationStore, folder_name, image_name
 from evaluation.card import Card, write_card
 from evaluation.config import PAIRED
@@ -91,7 +91,8 @@ def run_evaluation(
         for label in sorted(adapters, key=lambda name: adapters[name] is not None):
             began, state = time.monotonic(), adapters[label]
             model = adapted(recipe, state, (words or {}).get(label, label))
-            store = EvaluationStore(out / folder_name(label), protocol_of(recipe, suite, None) | {"model": model})
+            drawn = protocol_of(recipe, suite, None) | {"model": by_content(model)}
+            store = EvaluationStore(out / folder_name(label), drawn)
             if store.moved is not None:
                 notify(f"{store.folder} held an evaluation of something else, which is now {store.moved}")
             verdicts = bench.run(store, state, None if base is None else base[0], label, notify)
