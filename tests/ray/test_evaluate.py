@@ -40,10 +40,10 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_cards(world: World
     adapters = {"base": None, "adapted": adapter_of(recipe, 0)}
     told: list[str] = []
 
-    def evaluate(**changes: Any) -> Evaluation:
+    def evaluate(words: str = "here", **changes: Any) -> Evaluation:
         told.clear()
-        out = world.folder / "evaluated"
-        return run_evaluation(world.recipe("evaluated", evaluation=SUITE | changes), adapters, out, told.append)
+        changed, out = world.recipe("evaluated", evaluation=SUITE | changes), world.folder / "evaluated"
+        return run_evaluation(changed, adapters, out, told.append, {"adapted": words})
 
     first = evaluate()
     assert told == ["evaluating base: 10 images", "evaluating adapted: 10 images"]
@@ -67,10 +67,14 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_cards(world: World
         label: lasting(card) for label, card in first.cards.items()
     }
 
+    moved = evaluate(words="elsewhere")
+    assert moved.cards["adapted"].model["adapter"]["source"] == "elsewhere"
+    assert told == [f"evaluating {label}: 10 images, 10 of them are there already" for label in adapters]
+
     evaluate(seed=5)
     assert len(told) == 4 and "held an evaluation of something else, which is now" in told[0]
     kept = lasting(read_card(Path(f"{folder}.1")))
-    assert kept == json.loads(json.dumps(lasting(again.cards["adapted"]))), "what was there is only moved"
+    assert kept == json.loads(json.dumps(lasting(moved.cards["adapted"]))), "what was there is only moved"
     assert lasting(read_card(folder))["protocol"]["prompt_set_sha256"] != kept["protocol"]["prompt_set_sha256"]
 
 
